@@ -1,0 +1,241 @@
+"""The tokens of a batch and everything known about them, as losses see it.
+
+Axis letters, used in every signature of the project: `B` rows (sequences), `T` token positions of the completion, `V`
+vocabulary, `L` layers, `K` experts chosen per token, `N` rows of a whole step or generation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rlstab.errors import MissingFieldError, ShapeError
+
+__all__ = ["Column", "Count", "LogProbs", "Requirement", "Scope", "TokenBatch", "VocabStat"]
+
+Scope = Literal["step", "generation", "micro_batch"]
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """Something that a part reads and that the trainer therefore has to supply. Abstract: see its subclasses."""
+
+
+@dataclass(frozen=True)
+class LogProbs(Requirement):
+    """Log-probs of the sampled tokens under `source`, as `batch.logp(source)`.
+
+    Sources: `policy` (the only one with gradient), `old` (the policy when the rollouts were made), `sampler` (the engine
+    that made them), `initial` (the policy as passed to the trainer), `moving` (a slowly following copy).
+
+    >>> LogProbs("old") == LogProbs("old")
+    True
+    """
+
+    source: str
+
+
+@dataclass(frozen=True)
+class VocabStat(Requirement):
+    """A statistic of the policy's full distribution at each position, as `batch.vocab[name]`, with gradient."""
+
+    name: Literal["entropy"]
+
+
+@dataclass(frozen=True)
+class Column(Requirement):
+    """A field of `TokenBatch` that is filled only on request: `batch.column(name)`."""
+
+    name: Literal["advantages", "rewards", "group", "token_ids", "truncated"]
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many loss tokens and rows a scope holds, per data-parallel rank: what a mean divides by.
+
+    A trainer that averages gradients over `R` ranks passes the total over all ranks divided by `R`, so that the average
+    over ranks of `sum / tokens` is the mean over all tokens.
+    """
+
+    tokens: Tensor | float
+    sequences: Tensor | float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """One micro-batch, step or generation of completions: masks, advantages, log-probs and what parts asked for.
+
+    Positions outside `mask` are set to zero when the batch is built, so that padding cannot reach a sum; half-precision
+    log-probs are raised to float32. NaN inside the mask stays: a sampler's NaN marks a token it could not score.
+
+    Args:
+        mask: real completion tokens (no padding).
+        loss_mask: tokens that are trained on, a subset of `mask` (no tool output); `mask` if not given.
+        logps: log-probs in nats of the tokens, by source (see `LogProbs`).
+        advantages: per row or per token.
+        rewards: total reward of each row; NaN where it could not be scored.
+        group: id of the prompt a row answers.
+        token_ids: the tokens.
+        truncated: rows that were cut at the length limit.
+        vocab: full-vocabulary statistics by name (entropy in nats), or by the key of an exact divergence.
+        parts: tensors that rollout parts and step statistics left, by their `key`.
+        counts: what means divide by, per scope. A missing scope means that the batch is the whole scope.
+        rows: where the rows come from (`rollout`, `buffer`, `demonstration`): terms choose theirs by name.
+
+    Raises:
+        ShapeError: if a tensor does not have the shape of `mask` (or of its rows).
+
+    >>> import torch
+    >>> batch = TokenBatch(
+    ...     mask=torch.tensor([[True, True], [True, False]]),
+    ...     logps={"policy": torch.tensor([[-1.0, -2.0], [-3.0, -torch.inf]])},
+    ... )
+    >>> batch.logp("policy")
+    tensor([[-1., -2.],
+            [-3.,  0.]])
+    >>> batch.logp("old") is not None  # on policy: the detached policy
+    True
+    """
+
+    mask: Bool[Tensor, "B T"]
+    loss_mask: Bool[Tensor, "B T"] = None  # type: ignore[assignment]  # filled from `mask`
+    logps: Mapping[str, Float[Tensor, "B T"]] = field(default_factory=dict)
+    advantages: Float[Tensor, "B"] | Float[Tensor, "B T"] | None = None
+    rewards: Float[Tensor, "B"] | None = None
+    group: Int[Tensor, "B"] | None = None
+    token_ids: Int[Tensor, "B T"] | None = None
+    truncated: Bool[Tensor, "B"] | None = None
+    vocab: Mapping[str, Float[Tensor, "B T"]] = field(default_factory=dict)
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    counts: Mapping[str, Count] = field(default_factory=dict)
+    rows: str = "rollout"
+
+    def __post_init__(self) -> None:
+        fill = {"mask": self.mask.bool()}
+        fill["loss_mask"] = fill["mask"] if self.loss_mask is None else self.loss_mask.bool()
+        for name, value in fill.items():
+            object.__setattr__(self, name, value)
+        self._check_shapes()
+        object.__setattr__(self, "logps", {k: _clean(v, self.mask) for k, v in self.logps.items()})
+        object.__setattr__(self, "vocab", {k: _clean(v, self.mask) for k, v in self.vocab.items()})
+
+    def _check_shapes(self) -> None:
+        if self.mask.dim() != 2:
+            raise ShapeError(f"mask: expected [B, T], got {list(self.mask.shape)}")
+        full, rows = self.mask.shape, self.mask.shape[:1]
+        tokens = {"loss_mask": self.loss_mask, "token_ids": self.token_ids}
+        tokens |= {f"logps[{k!r}]": v for k, v in self.logps.items()} | {
+            f"vocab[{k!r}]": v for k, v in self.vocab.items()
+        }
+        for name, value in tokens.items():
+            if value is not None and value.shape != full:
+                raise ShapeError(f"{name}: expected the mask's shape {list(full)}, got {list(value.shape)}")
+        for name, value in {"rewards": self.rewards, "group": self.group, "truncated": self.truncated}.items():
+            if value is not None and value.shape != rows:
+                raise ShapeError(f"{name}: expected one value per row {list(rows)}, got {list(value.shape)}")
+        if self.advantages is not None and self.advantages.shape not in (rows, full):
+            raise ShapeError(f"advantages: expected {list(rows)} or {list(full)}, got {list(self.advantages.shape)}")
+
+    @property
+    def shape(self) -> torch.Size:
+        """`(B, T)`."""
+        return self.mask.shape
+
+    def logp(self, source: str) -> Float[Tensor, "B T"]:
+        """Log-probs under `source`; `old` is the detached policy where nothing else was recorded (on policy)."""
+        if source in self.logps:
+            return self.logps[source]
+        if source == "old" and "policy" in self.logps:
+            return self.logps["policy"].detach()
+        raise MissingFieldError(
+            f"log-probs of {source!r} are not in the batch (it holds {sorted(self.logps)}): "
+            f"add LogProbs({source!r}) to the part's `requires`, or pass logps={{{source!r}: ...}}"
+        )
+
+    def behaviour(self, source: str | None) -> str:
+        """The source that sampled the tokens: `source` itself, or else sampler, old, policy: the first recorded."""
+        if source is not None:
+            return source
+        return next((name for name in ("sampler", "old") if name in self.logps), "old")
+
+    def column(self, name: str) -> Tensor:
+        """The optional field `name`, or an error that says what is missing."""
+        if name not in _COLUMNS:
+            raise MissingFieldError(f"{name!r} is no column of a TokenBatch: expected one of {sorted(_COLUMNS)}")
+        value: Tensor | None = self.__dict__[name]
+        if value is None:
+            raise MissingFieldError(
+                f"{name} is not in the batch: add Column({name!r}) to the part's `requires`, or pass {name}=..."
+            )
+        return value
+
+    def statistic(self, name: str) -> Float[Tensor, "B T"]:
+        """The full-vocabulary statistic `name`, or an error that says what is missing."""
+        if name not in self.vocab:
+            raise MissingFieldError(
+                f"vocabulary statistic {name!r} is not in the batch (it holds {sorted(self.vocab)}): "
+                "declare it in the part's `requires`, or pass vocab={...}"
+            )
+        return self.vocab[name]
+
+    def part(self, key: str) -> Tensor:
+        """What the rollout part or step statistic with this key left for these rows."""
+        if key not in self.parts:
+            raise MissingFieldError(
+                f"{key} has left nothing in the batch: a rollout part or step statistic must run before the terms "
+                "(trainers run all that an objective requires; by hand: rlstab.losses.run_parts)"
+            )
+        return self.parts[key]
+
+    def token_advantages(self) -> Float[Tensor, "B T"]:
+        """Advantages with a token axis: `[B, T]`, or `[B, 1]` where there is one per row."""
+        advantages = self.column("advantages")
+        return advantages if advantages.dim() == 2 else advantages.unsqueeze(-1)
+
+    def count(self, over: str) -> Count:
+        """Loss tokens and rows of the scope `over`; those of this batch where the trainer gave none."""
+        if over in self.counts:
+            return self.counts[over]
+        return Count(tokens=self.loss_mask.sum(), sequences=float(self.mask.shape[0]))
+
+    def replace(self, **changes: object) -> TokenBatch:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+    def select(self, rows: slice | Tensor) -> TokenBatch:
+        """The chosen rows; counts stay those of the whole."""
+
+        def take(value: Tensor | None) -> Tensor | None:
+            return value[rows] if value is not None and value.dim() else value
+
+        counts = {scope: self.count(scope) for scope in ("step", "generation")} | dict(self.counts)
+        return self.replace(
+            **{name: take(self.__dict__[name]) for name in ("mask", "loss_mask", *_COLUMNS)},
+            **{
+                name: {key: take(value) for key, value in self.__dict__[name].items()}
+                for name in ("logps", "vocab", "parts")
+            },
+            counts=counts,
+        )
+
+    def split(self, sizes: Sequence[int]) -> list[TokenBatch]:
+        """Consecutive micro-batches of the given sizes, all with the counts of the whole batch."""
+        if sum(sizes) != self.mask.shape[0]:
+            raise ShapeError(f"sizes: expected a sum of {self.mask.shape[0]} rows, got {list(sizes)}")
+        ends = torch.tensor(list(sizes)).cumsum(0).tolist()
+        return [self.select(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+
+
+_COLUMNS = ("advantages", "rewards", "group", "token_ids", "truncated")
+
+
+def _clean(values: Tensor, mask: Tensor) -> Tensor:
+    if values.dtype in (torch.float16, torch.bfloat16):
+        values = values.float()
+    return torch.where(mask, values, 0.0)

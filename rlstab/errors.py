@@ -1,0 +1,76 @@
+"""Every error that rlstab raises on purpose, in one tree.
+
+```
+RlstabError
+├── ConfigError (ValueError)         an argument or a combination that cannot be honoured
+│   ├── CompositionError             parts that make no sense together
+│   └── RecipeError                  a recipe that cannot be read
+├── ShapeError (ValueError)          a tensor of another shape than the axis letters promise
+├── MissingFieldError (KeyError)     a part reads a field that the batch does not hold
+├── SchemaError (KeyError)           a metric key that `rlstab.schema` does not know
+├── RewardError (ValueError)         rewards or verifiers that do not give one finite number, or None, per completion
+├── RecordError (OSError)            a run folder that cannot be written or read
+└── HostError (ImportError)          an installed TRL that rlstab was not tested with
+```
+Each also inherits the standard error that a caller would expect, so `except ValueError` keeps working.
+"""
+
+__all__ = [
+    "CompositionError",
+    "ConfigError",
+    "HostError",
+    "MissingFieldError",
+    "RecipeError",
+    "RecordError",
+    "RewardError",
+    "RlstabError",
+    "SchemaError",
+    "ShapeError",
+]
+
+
+class RlstabError(Exception):
+    """Base of every error raised by rlstab."""
+
+
+class ConfigError(RlstabError, ValueError):
+    """An argument, or a combination of arguments, that cannot be honoured."""
+
+
+class CompositionError(ConfigError):
+    """Parts of an objective that make no sense together."""
+
+
+class RecipeError(ConfigError):
+    """A recipe that cannot be read: names the element, the key, the value and what was expected."""
+
+
+class ShapeError(RlstabError, ValueError):
+    """A tensor whose shape is not the one its axis letters promise."""
+
+
+class _KeyMessage(KeyError):
+    """A `KeyError` that prints its message instead of its repr."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class MissingFieldError(RlstabError, _KeyMessage):
+    """A part reads a field of the batch that nobody supplied."""
+
+
+class SchemaError(RlstabError, _KeyMessage):
+    """A metric key that the schema does not know."""
+
+
+class RecordError(RlstabError, OSError):
+    """A run folder that cannot be created, written or read."""
+
+
+class RewardError(RlstabError, ValueError):
+    """A batch that cannot be scored, or a verifier that returned no finite number."""
+
+
+class HostError(RlstabError, ImportError):
+    """The installed TRL lacks a symbol that rlstab relies on, or is outside the tested range."""

@@ -1,0 +1,94 @@
+"""How an unreduced loss becomes one number: the only place that owns mask and normalisation."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from rlstab.batch import TokenBatch
+from rlstab.errors import ConfigError, ShapeError
+
+Unit = Literal["token", "sequence"] | int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean:
+    r"""The mean of a per-token loss `l` with mask `m` over a scope.
+
+    | unit | value |
+    |---|---|
+    | `"token"` | $\sum m l / N_\text{tokens}$ |
+    | `"sequence"` | $\sum_i (\sum_t m l / \sum_t m) / N_\text{rows}$ |
+    | a length `L` | $\sum m l / (N_\text{rows} L)$ |
+
+    A loss with one value per row (`[B]`) knows only `"sequence"`: $\sum_i l_i / N_\text{rows}$.
+
+    `over` says whose tokens and rows are counted: `"step"` (all micro-batches and ranks of the optimizer step: the
+    gradient does not depend on how the step is split), `"generation"` or `"micro_batch"` (what host trainers do).
+
+    >>> import torch
+    >>> batch = TokenBatch(mask=torch.tensor([[True, True], [True, False]]))
+    >>> loss = torch.tensor([[1.0, 2.0], [6.0, 9.0]])
+    >>> Mean(unit="token").reduce(loss, batch), Mean(unit="sequence").reduce(loss, batch)
+    (tensor(3.), tensor(3.7500))
+    """
+
+    unit: Unit = "token"
+    over: Literal["step", "generation", "micro_batch"] = "step"
+
+    def __post_init__(self) -> None:
+        if self.unit not in ("token", "sequence") and not (type(self.unit) is int and self.unit > 0):
+            raise ConfigError(f"mean.unit: expected 'token', 'sequence' or a length > 0, got {self.unit!r}")
+        if self.over not in ("step", "generation", "micro_batch"):
+            raise ConfigError(f"mean.over: expected 'step', 'generation' or 'micro_batch', got {self.over!r}")
+
+    def reduce(self, loss: Float[Tensor, "B T"] | Float[Tensor, "B"], batch: TokenBatch) -> Float[Tensor, ""]:
+        """This micro-batch's share of the mean: shares of a scope add up to it."""
+        count = batch.count(self.over)
+        if loss.dim() == 1:
+            if self.unit != "sequence":
+                raise ShapeError(f"a loss with one value per row has no mean over {self.unit!r}: use .mean('sequence')")
+            return loss.sum() / count.sequences
+        masked = loss * batch.loss_mask
+        if self.unit == "token":
+            return masked.sum() / _at_least_one(count.tokens)
+        if self.unit == "sequence":
+            return (masked.sum(-1) / batch.loss_mask.sum(-1).clamp(min=1)).sum() / count.sequences
+        return masked.sum() / (count.sequences * self.unit)
+
+
+class BoundMean(Mean):
+    """What `term.mean` gives: a `Mean` to read and, when called, a copy of the term with another one."""
+
+    _term: Any
+
+    def __init__(self, mean: Mean, term: Any) -> None:
+        super().__init__(unit=mean.unit, over=mean.over)
+        object.__setattr__(self, "_term", term)
+
+    def __repr__(self) -> str:
+        return f"Mean(unit={self.unit!r}, over={self.over!r})"
+
+    def __call__(self, unit: Unit = "token", *, over: Literal["step", "generation", "micro_batch"] = "step") -> Any:
+        """A copy of the term that is averaged over `unit` within `over`."""
+        return self._term.replace(mean=Mean(unit=unit, over=over))
+
+
+class MeanField:
+    """The dataclass field `mean` of a term, with its default for the class."""
+
+    def __init__(self, unit: Unit = "token") -> None:
+        self.default = Mean(unit=unit)
+
+    def __get__(self, term: Any, owner: Any = None) -> Any:
+        """The default of the class, or the mean of a term."""
+        return self.default if term is None else BoundMean(term.__dict__["_mean"], term)
+
+    def __set__(self, term: Any, value: Mean) -> None:
+        """Keep the plain mean: a copy of the term binds it anew."""
+        term.__dict__["_mean"] = Mean(unit=value.unit, over=value.over)
+
+
+def _at_least_one(count: Tensor | float) -> Tensor | float:
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1.0)

@@ -1,0 +1,147 @@
+"""An objective: a named sum of terms."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from rlstab.batch import Requirement, TokenBatch
+from rlstab.errors import CompositionError, ConfigError
+from rlstab.losses._controllers import Controller
+from rlstab.losses._metrics import Metric
+from rlstab.losses._surrogate import Surrogate
+from rlstab.losses._term import Term, term_name
+
+
+class TermReport(NamedTuple):
+    """What one term contributed: its mean before the coefficient (detached), the coefficient, its metrics."""
+
+    loss: Tensor
+    weight: float | Tensor
+    metrics: Mapping[str, Metric]
+
+
+class ObjectiveLoss(NamedTuple):
+    """The loss to differentiate, and a report by term."""
+
+    loss: Tensor
+    terms: Mapping[str, TermReport]
+
+
+@dataclass(frozen=True, init=False)
+class Objective:
+    """A sum of named terms: a loss of a `TokenBatch`.
+
+    Names are the metric names and the keys in a recipe. `a + b` joins objectives and terms; `c * objective` multiplies
+    every coefficient.
+
+    Args:
+        terms: terms by name.
+        **named: the same, as keywords.
+
+    Raises:
+        CompositionError: if two surrogates act on the same rows, or a name is taken twice.
+        ConfigError: if there is no term, or something that is not a term.
+
+    >>> import torch
+    >>> from rlstab.losses import ClippedSurrogate, JensenShannon, Objective
+    >>> objective = Objective(
+    ...     policy=ClippedSurrogate(low=0.2, high=0.28), drift=0.05 * JensenShannon(reference="initial")
+    ... )
+    >>> logp = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+    >>> batch = TokenBatch(
+    ...     mask=torch.ones(1, 2), advantages=torch.ones(1), logps={"policy": logp, "initial": logp.detach()}
+    ... )
+    >>> loss, terms = objective(batch)
+    >>> loss.backward(); logp.grad
+    tensor([[-0.5000, -0.5000]])
+    """
+
+    terms: dict[str, Term]
+
+    def __init__(self, terms: Mapping[str, Term] | None = None, **named: Term) -> None:
+        clash = sorted(set(terms or {}) & set(named))
+        if clash:
+            raise CompositionError(f"term names {clash} are given twice")
+        object.__setattr__(self, "terms", {**(terms or {}), **named})
+        self._check()
+
+    def _check(self) -> None:
+        if not self.terms:
+            raise ConfigError("an objective needs at least one term, as in Objective(policy=ClippedSurrogate())")
+        for name, term in self.terms.items():
+            if not isinstance(term, Term):
+                raise ConfigError(f"objective.terms.{name}: expected a term, got {type(term).__name__}")
+            if not name.replace("_", "").isalnum():
+                raise ConfigError(f"term name {name!r}: expected letters, digits and underscores (it names metrics)")
+        surrogates: dict[str, str] = {}
+        for name, term in self.terms.items():
+            if isinstance(term, Surrogate) and surrogates.setdefault(term.rows, name) != name:
+                raise CompositionError(
+                    f"terms {surrogates[term.rows]!r} and {name!r} are both policy surrogates on {term.rows} rows: "
+                    "each already is the whole policy gradient, keep one"
+                )
+
+    @property
+    def requires(self) -> frozenset[Requirement]:
+        """What all terms together read."""
+        return frozenset(need for term in self.terms.values() for need in term.requires)
+
+    def __call__(self, *batches: TokenBatch) -> ObjectiveLoss:
+        """The loss of a micro-batch: one `TokenBatch` per row source that the terms name."""
+        sources = {batch.rows: batch for batch in batches}
+        total: Tensor | None = None
+        reports: dict[str, TermReport] = {}
+        for name, term in self.terms.items():
+            if term.rows not in sources:
+                raise ConfigError(
+                    f"term {name!r} acts on {term.rows!r} rows, but the batches hold {sorted(sources)}: "
+                    "pass a TokenBatch with these rows"
+                )
+            batch = sources[term.rows]
+            values, metrics = term.loss(batch)
+            value = term.mean.reduce(values, batch)
+            weight = term.weight
+            weighted = (weight.to(value.dtype) if isinstance(weight, Tensor) else weight) * value
+            total = weighted if total is None else total + weighted
+            reports[name] = TermReport(value.detach(), weight, metrics)
+        assert total is not None
+        return ObjectiveLoss(total, reports)
+
+    def __add__(self, other: "Objective | Term") -> "Objective":
+        terms = {term_name(other): other} if isinstance(other, Term) else other.terms
+        clash = sorted(set(self.terms) & set(terms))
+        if clash:
+            raise CompositionError(f"both sides have terms named {clash}: name them, as in Objective(first=..., second=...)")
+        return Objective({**self.terms, **terms})
+
+    def __mul__(self, factor: float) -> "Objective":
+        return Objective({name: factor * term for name, term in self.terms.items()})
+
+    __rmul__ = __mul__
+
+    @property
+    def controllers(self) -> dict[str, Controller]:
+        """The controllers among the coefficients, by term name."""
+        return {name: term.coef for name, term in self.terms.items() if isinstance(term.coef, Controller)}
+
+    def observe(self, step: int, metrics: Mapping[str, Mapping[str, float]]) -> None:
+        """Let every controller see the finished optimizer step: its number and the reduced metrics of its term."""
+        for name, controller in self.controllers.items():
+            controller.observe(step, metrics.get(name, {}))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the controllers."""
+        return {name: controller.state_dict() for name, controller in self.controllers.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        controllers = self.controllers
+        if set(state) != set(controllers):
+            raise ConfigError(
+                f"the checkpoint holds controllers of {sorted(state)}, the objective has them at {sorted(controllers)}: "
+                "resume with the objective that was saved"
+            )
+        for name, controller in controllers.items():
+            controller.load_state_dict(state[name])

@@ -1,0 +1,110 @@
+"""What every part of an objective is: a frozen value that says what it reads, keyed by what it is."""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
+
+from torch import Tensor
+
+from rlstab.batch import Requirement, TokenBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part(ABC):
+    """A piece of an objective, immutable and told apart by its fields."""
+
+    @property
+    def requires(self) -> frozenset[Requirement]:
+        """What this part and the parts inside it read from the batch."""
+        return self._inner_requires()
+
+    def _inner_requires(self) -> frozenset[Requirement]:
+        return frozenset(need for part in self._inner_parts() for need in part.requires)
+
+    def _inner_parts(self) -> Iterable["Part"]:
+        for field in dataclasses.fields(self):
+            value = self.__dict__.get(field.name)
+            for item in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(item, Part):
+                    yield item
+
+    def replace(self, **changes: object) -> Self:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared(Part):
+    """A part that computes a tensor before the terms run; they read it as `batch.part(key)`."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", repr(self))
+
+    key = ""  # set per instance; a plain class attribute is not a dataclass field
+
+    @abstractmethod
+    def compute(self, batch: TokenBatch) -> Tensor:
+        """The tensor to leave: 0-dim, or with one row per row of `batch`."""
+
+    @property
+    def needed(self) -> "Needs":
+        """This part as something that a term can require."""
+        return Needs(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutPart(Prepared):
+    """Phase 1: sees the whole generation batch of all ranks, before it is shuffled and split.
+
+    Groups exist only here. What `compute` returns (`[N]` or `[N, T]`) travels with its rows. The batch holds masks,
+    rewards, groups, token ids and the log-probs (`old`, `sampler`, `initial`) that `requires` names.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepStatistic(Prepared):
+    """Phase 2: sees detached per-token data of a whole optimizer step, all micro-batches and ranks.
+
+    `compute` returns one number (0-dim) for the step, or a tensor for its rows. Requiring `LogProbs("policy")` costs one
+    pass without gradient over the step, unless it is on policy.
+    """
+
+
+@dataclass(frozen=True)
+class Needs(Requirement):
+    """The result of a rollout part or step statistic, computed before the terms run."""
+
+    part: Prepared
+
+
+def prepared_parts(requires: Iterable[Requirement], kind: type[Prepared]) -> list[Prepared]:
+    """The parts of one phase among the requirements, each once, in a fixed order.
+
+    Parts that these parts need themselves come before them.
+    """
+    found: dict[str, Prepared] = {}
+
+    def visit(part: Prepared) -> None:
+        for need in sorted((n.part for n in part.requires if isinstance(n, Needs)), key=lambda p: p.key):
+            visit(need)
+        if isinstance(part, kind):
+            found.setdefault(part.key, part)
+
+    for part in sorted((n.part for n in requires if isinstance(n, Needs)), key=lambda p: p.key):
+        visit(part)
+    return list(found.values())
+
+
+def run_parts(requires: Iterable[Requirement], batch: TokenBatch) -> TokenBatch:
+    """The batch with the results of every rollout part and step statistic that `requires` names.
+
+    For a batch that is a whole generation and a whole step at once, as in tests and in one's own training loop; trainers
+    run the two phases at their own moments.
+    """
+    requires = list(requires)
+    for kind in (RolloutPart, StepStatistic):
+        for part in prepared_parts(requires, kind):
+            batch = batch.replace(parts={**batch.parts, part.key: part.compute(batch).detach()})
+    return batch
