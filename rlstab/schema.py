@@ -1,0 +1,402 @@
+"""Every metric of rlstab: what its key means, its formula, its unit, and which way is good.
+
+This is the only list. Trainers look a key up before they log it, reports explain a key from here.
+A key is a path. In a key pattern `<name>` stands for one segment or a part of one; only `<metric>` may hold slashes, so
+that `objective/<term>/<metric>` covers `objective/drift/weights/kept`. Metrics of the host keep the host's name; one
+without a slash stands under `train/`.
+
+Symbols: Δ = log-prob(trainer) − log-prob(sampler) of a sampled token, ρ = e^Δ, N = number of tokens in the loss.
+Standard errors (`_se`) take the prompt as the unit of sampling: tokens and completions of one prompt are one cluster.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from functools import cache
+from typing import Literal
+
+from rlstab.errors import SchemaError
+
+__all__ = ["SIGNALS", "Direction", "Reduction", "Signal", "signal"]
+
+Direction = Literal["higher", "lower", "none"]
+Reduction = Literal["mean", "sum", "max", "min", "last"]
+
+
+@dataclass(frozen=True)
+class Signal:
+    """One metric: its key (or key pattern) and what a reader must know to use it.
+
+    Args:
+        key: Path under which the metric is logged; `<name>` marks a named segment of a pattern.
+        meaning: What the number says, in one phrase.
+        formula: How it is computed, or "" where the meaning says it all.
+        unit: Unit of the number; "1" for a plain ratio.
+        direction: Which way is good: "higher", "lower", or "none" where neither is good in itself.
+        reduction: How values of micro-batches, ranks and the steps of a logging window join. Means are weighted by
+            what they count; the mean of standard errors bounds the standard error of the mean from above.
+        cadence: How often the number is taken.
+        cost: What taking it costs beyond the training step.
+    """
+
+    key: str
+    meaning: str
+    formula: str = ""
+    unit: str = "1"
+    direction: Direction = "none"
+    reduction: Reduction = "mean"
+    cadence: str = "every step"
+    cost: str = "none"
+
+
+def _with_se(mean: Signal) -> tuple[Signal, Signal]:
+    """Return `mean` and the signal of its standard error, the error first so that its pattern is tried first."""
+    error = replace(
+        mean,
+        key=f"{mean.key}_se",
+        meaning=f"standard error of {mean.key}, clustered by prompt",
+        formula="√(Σ_prompts (Σ_values (x − mean))²) / N over N values x",
+        direction="none",
+    )
+    return error, mean
+
+
+_SAMPLER_SCORES = "every step at which the sampler returned log-probs"
+_POSITIONS = "every 10 steps"
+_DRIFT_COST = "one forward of policy and reference, without gradient, at ≤ 64 sampled positions"
+
+_MISMATCH = (
+    *_with_se(
+        Signal(
+            "mismatch/k1",
+            "distance of trainer and sampler on the sampled tokens: unbiased, may be negative",
+            formula="mean(−Δ), estimates KL(sampler‖trainer)",
+            unit="nats/token",
+            direction="lower",
+            cadence=_SAMPLER_SCORES,
+        )
+    ),
+    *_with_se(
+        Signal(
+            "mismatch/k3",
+            "distance of trainer and sampler on the sampled tokens: unbiased, never negative",
+            formula="mean(ρ − 1 − Δ), estimates KL(sampler‖trainer)",
+            unit="nats/token",
+            direction="lower",
+            cadence=_SAMPLER_SCORES,
+        )
+    ),
+    Signal(
+        "mismatch/max_abs",
+        "largest disagreement of trainer and sampler on one token",
+        formula="max |Δ|",
+        unit="nats",
+        direction="lower",
+        reduction="max",
+        cadence=_SAMPLER_SCORES,
+    ),
+    Signal(
+        "mismatch/ess_token",
+        "share of the tokens that importance weighting by ρ would leave effective",
+        formula="(Σ ρ)² / (N · Σ ρ²) over tokens, not clamped",
+        unit="fraction",
+        direction="higher",
+        reduction="min",
+        cadence=_SAMPLER_SCORES,
+    ),
+    Signal(
+        "mismatch/ess_sequence",
+        "share of the completions that importance weighting of whole sequences would leave effective",
+        formula="(Σ w)² / (n · Σ w²) over n sequences, w = exp(Σ_t Δ_t), not clamped",
+        unit="fraction",
+        direction="higher",
+        reduction="min",
+        cadence=_SAMPLER_SCORES,
+    ),
+    *_with_se(
+        Signal(
+            "mismatch/f2",
+            "share of the tokens whose ratio of trainer to sampler is outside [1/2, 2]",
+            formula="F(2) = mean[max(ρ, 1/ρ) > 2]",
+            unit="fraction",
+            direction="lower",
+            cadence=_SAMPLER_SCORES,
+        )
+    ),
+    Signal(
+        "mismatch/unscored",
+        "tokens that the sampler could not score; they are left out of every mismatch signal",
+        unit="tokens",
+        direction="lower",
+        reduction="sum",
+        cadence=_SAMPLER_SCORES,
+    ),
+)
+
+_POLICY = (
+    Signal(
+        "policy/entropy",
+        "entropy of the policy at the sampled tokens",
+        formula="mean_t H(π(·|prefix_t))",
+        unit="nats/token",
+    ),
+    Signal(
+        "policy/clip_fraction_low",
+        "share of the tokens whose gradient the lower clip stops",
+        formula="mean[A < 0 and ratio < 1 − ε_low]",
+        unit="fraction",
+    ),
+    Signal(
+        "policy/clip_fraction_high",
+        "share of the tokens whose gradient the upper clip stops",
+        formula="mean[A > 0 and ratio > 1 + ε_high]",
+        unit="fraction",
+    ),
+    Signal(
+        "policy/ratio_max",
+        "largest ratio of the policy to the one that took the batch",
+        formula="max π/π_old",
+        direction="lower",
+        reduction="max",
+    ),
+)
+
+_DRIFT = (
+    *_with_se(
+        Signal(
+            "drift/initial/kl",
+            "how far the policy has moved from the weights it started with",
+            formula="mean_t KL(π(·|prefix_t) ‖ π_initial(·|prefix_t)), exact over the vocabulary",
+            unit="nats/token",
+            direction="lower",
+            cadence=_POSITIONS,
+            cost=_DRIFT_COST,
+        )
+    ),
+    *_with_se(
+        Signal(
+            "drift/moving/kl",
+            "how far the policy is ahead of the moving reference",
+            formula="mean_t KL(π(·|prefix_t) ‖ π_moving(·|prefix_t)), exact over the vocabulary",
+            unit="nats/token",
+            direction="lower",
+            cadence=_POSITIONS,
+            cost=_DRIFT_COST,
+        )
+    ),
+)
+
+_OBJECTIVE = (
+    Signal(
+        "objective/loss",
+        "loss of the whole objective, as differentiated",
+        formula="Σ_terms weight · loss",
+        unit="loss",
+        reduction="sum",
+    ),
+    Signal(
+        "objective/<term>/loss",
+        "loss of the term <term>, aggregated over the step, before its coefficient",
+        unit="loss",
+        reduction="sum",
+    ),
+    Signal("objective/<term>/weight", "coefficient with which the term <term> enters the objective", reduction="last"),
+    Signal(
+        "objective/<term>/overflow",
+        "tokens at which the term <term> is +inf, because its exact value exceeds the range of the dtype",
+        unit="tokens",
+        direction="lower",
+        reduction="sum",
+    ),
+    Signal(
+        "objective/<term>/clamped",
+        "tokens at which a clamp that was asked for changed the term <term>",
+        unit="tokens",
+        direction="lower",
+        reduction="sum",
+    ),
+    Signal(
+        "objective/<term>/unscored",
+        "tokens that the term <term> leaves out because the sampler could not score them",
+        unit="tokens",
+        direction="lower",
+        reduction="sum",
+    ),
+    Signal("objective/<term>/<metric>", "metric <metric> of the term <term>; its part documents it"),
+)
+
+_TRAINING = (
+    Signal("train/reward", "mean reward of the sampled completions", unit="reward", direction="higher"),
+    Signal("train/reward_std", "standard deviation of the rewards within a group", unit="reward"),
+    Signal(
+        "train/frac_reward_zero_std",
+        "share of the groups in which all rewards are equal; they teach nothing",
+        unit="fraction",
+        direction="lower",
+    ),
+    Signal("train/loss", "loss as the host logs it", unit="loss"),
+    Signal("train/policy_loss", "loss as the host logs it, without entropy bonus and auxiliary loss", unit="loss"),
+    Signal("train/aux_loss", "load-balancing loss of a mixture of experts", unit="loss", direction="lower"),
+    Signal("train/entropy", "entropy of the policy as the host logs it", unit="nats/token"),
+    Signal("train/entropy_coef", "coefficient of the host's entropy bonus", reduction="last"),
+    Signal("train/kl", "KL to the reference as the host estimates it (k3)", unit="nats/token", direction="lower"),
+    Signal("train/cispo_clip_ratio", "share of the tokens whose weight CISPO clips", unit="fraction"),
+    Signal(
+        "train/grad_norm",
+        "norm of the gradient before clipping",
+        formula="‖g‖₂",
+        unit="loss per unit of weight",
+        direction="none",
+    ),
+    Signal("train/learning_rate", "learning rate of the first parameter group", reduction="last"),
+    Signal("train/num_tokens", "tokens processed since the start", unit="tokens", reduction="last"),
+    Signal("train/epoch", "passes over the data set since the start", unit="epochs", reduction="last"),
+    Signal("train/step_time", "wall-clock time of one optimizer step", unit="s", direction="lower"),
+    Signal("rewards/<function>/mean", "mean of the reward function <function>", unit="reward", direction="higher"),
+    Signal("rewards/<function>/std", "standard deviation of the reward function <function>", unit="reward"),
+    Signal("completions/mean_length", "mean length of the completions", unit="tokens"),
+    Signal("completions/min_length", "length of the shortest completion", unit="tokens", reduction="min"),
+    Signal("completions/max_length", "length of the longest completion", unit="tokens", reduction="max"),
+    Signal(
+        "completions/clipped_ratio",
+        "share of the completions cut at the length limit",
+        unit="fraction",
+        direction="lower",
+    ),
+    Signal("completions/mean_terminated_length", "mean length of the completions that ended", unit="tokens"),
+    Signal(
+        "completions/min_terminated_length",
+        "length of the shortest completion that ended",
+        unit="tokens",
+        reduction="min",
+    ),
+    Signal(
+        "completions/max_terminated_length",
+        "length of the longest completion that ended",
+        unit="tokens",
+        reduction="max",
+    ),
+    Signal("tools/call_frequency", "tool calls per completion", unit="calls"),
+    Signal("tools/failure_frequency", "share of the tool calls that failed", unit="fraction", direction="lower"),
+    Signal("clip_ratio/low_mean", "share of the tokens that the lower clip stops, host's count", unit="fraction"),
+    Signal("clip_ratio/low_min", "smallest share over ranks for the lower clip", unit="fraction", reduction="min"),
+    Signal("clip_ratio/high_mean", "share of the tokens that the upper clip stops, host's count", unit="fraction"),
+    Signal("clip_ratio/high_max", "largest share over ranks for the upper clip", unit="fraction", reduction="max"),
+    Signal("clip_ratio/region_mean", "share of the tokens that either clip stops, host's count", unit="fraction"),
+    Signal("vespo/phi_seq_mean", "mean weight that VESPO gives to a sequence"),
+    Signal(
+        "sampling/sampling_logp_difference/mean",
+        "mean disagreement of trainer and sampler as the host logs it",
+        formula="mean |Δ|",
+        unit="nats/token",
+        direction="lower",
+    ),
+    Signal(
+        "sampling/sampling_logp_difference/max",
+        "largest disagreement of trainer and sampler as the host logs it",
+        formula="max |Δ|",
+        unit="nats",
+        direction="lower",
+        reduction="max",
+    ),
+    Signal("sampling/importance_sampling_ratio/mean", "mean of the host's importance ratio, after its truncation"),
+    Signal("sampling/importance_sampling_ratio/min", "smallest importance ratio of the host", reduction="min"),
+    Signal("sampling/importance_sampling_ratio/max", "largest importance ratio of the host", reduction="max"),
+)
+
+_EVALUATIONS = "at evaluations"
+_EVALUATION_COST = "sampling on the held-out prompts"
+
+_EVALUATION = (
+    *_with_se(
+        Signal(
+            "eval/pass@<k>",
+            "chance that at least one of <k> completions of a held-out prompt is right",
+            formula="mean_prompts 1 − C(n − c, <k>) / C(n, <k>), c of n completions right",
+            unit="fraction",
+            direction="higher",
+            cadence=_EVALUATIONS,
+            cost=_EVALUATION_COST,
+        )
+    ),
+    *_with_se(
+        Signal(
+            "eval/reward",
+            "mean reward on held-out prompts",
+            unit="reward",
+            direction="higher",
+            cadence=_EVALUATIONS,
+            cost=_EVALUATION_COST,
+        )
+    ),
+    Signal(
+        "eval/entropy",
+        "entropy of the policy on held-out prompts",
+        formula="mean_t H(π(·|prefix_t))",
+        unit="nats/token",
+        cadence=_EVALUATIONS,
+        cost=_EVALUATION_COST,
+    ),
+    *_with_se(
+        Signal(
+            "eval/kl",
+            "how far the policy has moved from its start on held-out prompts",
+            formula="mean_t KL(π(·|prefix_t) ‖ π_initial(·|prefix_t)), exact over the vocabulary",
+            unit="nats/token",
+            direction="lower",
+            cadence=_EVALUATIONS,
+            cost=_EVALUATION_COST,
+        )
+    ),
+)
+
+SIGNALS: tuple[Signal, ...] = (*_MISMATCH, *_POLICY, *_DRIFT, *_OBJECTIVE, *_TRAINING, *_EVALUATION)
+"""All signals; where two patterns fit a key, the earlier one is meant."""
+
+_NAMED = re.compile(r"<(\w+)>")
+_SEGMENTS = {"metric": ".+", "k": r"\d+"}
+
+
+def _expression(pattern: str) -> re.Pattern[str]:
+    """Return the regular expression that matches the concrete keys of a key pattern."""
+    fixed, names = _NAMED.split(pattern)[::2], _NAMED.findall(pattern)
+    groups = [f"(?P<{name}>{_SEGMENTS.get(name, '[^/]+')})" for name in names]
+    return re.compile("".join(re.escape(text) + group for text, group in zip(fixed, [*groups, ""], strict=True)))
+
+
+_EXPRESSIONS = tuple((_expression(entry.key), entry) for entry in SIGNALS)
+
+
+def _fill(text: str, names: Iterable[tuple[str, str]]) -> str:
+    for name, value in names:
+        text = text.replace(f"<{name}>", value)
+    return text
+
+
+@cache
+def signal(key: str) -> Signal:
+    """Return the signal of a metric key, with the named segments of its pattern filled in.
+
+    Args:
+        key: A concrete key such as `objective/drift/loss`.
+
+    Returns:
+        The signal; `key`, `meaning` and `formula` speak of the concrete key.
+
+    Raises:
+        SchemaError: No signal has this key; the message names the nearest ones.
+
+    Example:
+        >>> signal("mismatch/k3").unit
+        'nats/token'
+        >>> signal("objective/drift/weight").meaning
+        'coefficient with which the term drift enters the objective'
+    """
+    for expression, entry in _EXPRESSIONS:
+        if match := expression.fullmatch(key):
+            names = match.groupdict().items()
+            return replace(entry, key=key, meaning=_fill(entry.meaning, names), formula=_fill(entry.formula, names))
+    nearest = get_close_matches(key, [entry.key for entry in SIGNALS], n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(nearest)}?" if nearest else "rlstab.schema.SIGNALS lists every key"
+    raise SchemaError(f"metric key {key!r} is not in the schema: {hint}")
