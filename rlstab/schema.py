@@ -330,13 +330,24 @@ _EVALUATION = (
             cost=_EVALUATION_COST,
         )
     ),
-    Signal(
-        "eval/entropy",
-        "entropy of the policy on held-out prompts",
-        formula="mean_t H(π(·|prefix_t))",
-        unit="nats/token",
-        cadence=_EVALUATIONS,
-        cost=_EVALUATION_COST,
+    *_with_se(
+        Signal(
+            "eval/entropy",
+            "entropy of the policy on held-out prompts",
+            formula="mean_t H(π(·|prefix_t))",
+            unit="nats/token",
+            cadence=_EVALUATIONS,
+            cost=_EVALUATION_COST,
+        )
+    ),
+    *_with_se(
+        Signal(
+            "eval/length",
+            "mean length of the completions of held-out prompts",
+            unit="tokens",
+            cadence=_EVALUATIONS,
+            cost=_EVALUATION_COST,
+        )
     ),
     *_with_se(
         Signal(

@@ -54,7 +54,8 @@ def test_error_names_the_nearest_key() -> None:
         signal("mismatch/k33")
     with pytest.raises(SchemaError, match="SIGNALS lists every key"):
         signal("§§§§")
-    assert issubclass(SchemaError, RlstabError) and issubclass(SchemaError, KeyError)
+    assert issubclass(SchemaError, RlstabError)
+    assert issubclass(SchemaError, KeyError)
 
 
 def test_every_signal_is_reached_by_its_own_key() -> None:

@@ -1,0 +1,6 @@
+"""The run folder: append-only metrics, events and completions that survive a kill at any byte, and their readers."""
+
+from rlstab.record._folder import RunFolder
+from rlstab.record._rows import Event, Events, Metrics, MetricsRow, Rollout, Rollouts, Series
+
+__all__ = ["Event", "Events", "Metrics", "MetricsRow", "Rollout", "Rollouts", "RunFolder", "Series"]

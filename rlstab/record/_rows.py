@@ -1,0 +1,94 @@
+"""What the readers of a run folder return: typed rows, and how many torn lines they skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Series(NamedTuple):
+    """One metric over the run: `steps` and `values` of equal length, steps ascending."""
+
+    steps: NDArray[np.int64]
+    values: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class MetricsRow:
+    """All metrics of one step; `time` in seconds since the epoch."""
+
+    step: int
+    time: float
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened once; `step` is None where it belongs to no step."""
+
+    kind: str
+    step: int | None
+    time: float
+    fields: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One recorded completion: whatever its writer put into the row (`prompt`, `completion`, `reward`, ...)."""
+
+    step: int
+    fields: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The metrics of a run, one row per step in ascending order.
+
+    Args:
+        rows: The rows.
+        torn: Lines of the file that could not be read and were skipped.
+
+    Example:
+        >>> metrics = Metrics(rows=(MetricsRow(1, 0.0, {"train/reward": 0.5}), MetricsRow(2, 1.0, {})), torn=0)
+        >>> metrics.series("train/reward").steps.tolist()
+        [1]
+    """
+
+    rows: tuple[MetricsRow, ...]
+    torn: int
+
+    def keys(self) -> tuple[str, ...]:
+        """Return every key that occurs, in the order of first occurrence."""
+        return tuple(dict.fromkeys(key for row in self.rows for key in row.values))
+
+    def series(self, key: str) -> Series:
+        """Return one metric over the steps at which it was logged; empty where it never was."""
+        found = [(row.step, row.values[key]) for row in self.rows if key in row.values]
+        return Series(
+            np.array([step for step, _ in found], dtype=np.int64),
+            np.array([value for _, value in found], dtype=np.float64),
+        )
+
+
+@dataclass(frozen=True)
+class Events:
+    """The events of a run in the order in which they happened; `torn` counts unreadable lines."""
+
+    rows: tuple[Event, ...]
+    torn: int
+
+    def of(self, kind: str) -> tuple[Event, ...]:
+        """Return the events of one kind."""
+        return tuple(event for event in self.rows if event.kind == kind)
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """The recorded completions of a run, steps ascending; `torn` counts unreadable lines."""
+
+    rows: tuple[Rollout, ...]
+    torn: int
