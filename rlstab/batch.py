@@ -31,8 +31,8 @@ class Requirement:
 class LogProbs(Requirement):
     """Log-probs of the sampled tokens under `source`, as `batch.logp(source)`.
 
-    Sources: `policy` (the only one with gradient), `old` (the policy when the rollouts were made), `sampler` (the engine
-    that made them), `initial` (the policy as passed to the trainer), `moving` (a slowly following copy).
+    Sources: `policy` (the only one with gradient), `old` (the policy when the rollouts were made), `sampler` (the
+    engine that made them), `initial` (the policy as passed to the trainer), `moving` (a slowly following copy).
 
     >>> LogProbs("old") == LogProbs("old")
     True
@@ -52,7 +52,7 @@ class VocabStat(Requirement):
 class Column(Requirement):
     """A field of `TokenBatch` that is filled only on request: `batch.column(name)`."""
 
-    name: Literal["advantages", "rewards", "group", "token_ids", "truncated"]
+    name: Literal["advantages", "rewards", "baseline", "group", "token_ids", "truncated"]
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,9 @@ class Count:
 class TokenBatch:
     """One micro-batch, step or generation of completions: masks, advantages, log-probs and what parts asked for.
 
-    Positions outside `mask` are set to zero when the batch is built, so that padding cannot reach a sum; half-precision
-    log-probs are raised to float32. NaN inside the mask stays: a sampler's NaN marks a token it could not score.
+    Positions outside `loss_mask` are set to zero when the batch is built, so that neither padding nor what a tool wrote
+    can reach a sum; half-precision log-probs are raised to float32; gradient stays with the log-probs of `policy` and
+    with `vocab`. NaN inside stays: a sampler's NaN marks a token it could not score.
 
     Args:
         mask: real completion tokens (no padding).
@@ -80,6 +81,7 @@ class TokenBatch:
         logps: log-probs in nats of the tokens, by source (see `LogProbs`).
         advantages: per row or per token.
         rewards: total reward of each row; NaN where it could not be scored.
+        baseline: a reward to compare each row's with, such as that of the greedy completion of its prompt.
         group: id of the prompt a row answers.
         token_ids: the tokens.
         truncated: rows that were cut at the length limit.
@@ -108,6 +110,7 @@ class TokenBatch:
     logps: Mapping[str, Float[Tensor, "B T"]] = field(default_factory=dict)
     advantages: Float[Tensor, "B"] | Float[Tensor, "B T"] | None = None
     rewards: Float[Tensor, "B"] | None = None
+    baseline: Float[Tensor, "B"] | None = None
     group: Int[Tensor, "B"] | None = None
     token_ids: Int[Tensor, "B T"] | None = None
     truncated: Bool[Tensor, "B"] | None = None
@@ -122,8 +125,11 @@ class TokenBatch:
         for name, value in fill.items():
             object.__setattr__(self, name, value)
         self._check_shapes()
-        object.__setattr__(self, "logps", {k: _clean(v, self.mask) for k, v in self.logps.items()})
-        object.__setattr__(self, "vocab", {k: _clean(v, self.mask) for k, v in self.vocab.items()})
+        logps = {k: _clean(v if k == "policy" else v.detach(), self.loss_mask) for k, v in self.logps.items()}
+        object.__setattr__(self, "logps", logps)
+        object.__setattr__(self, "vocab", {k: _clean(v, self.loss_mask) for k, v in self.vocab.items()})
+        if self.advantages is not None and self.advantages.dim() == 2:
+            object.__setattr__(self, "advantages", _clean(self.advantages, self.loss_mask))
 
     def _check_shapes(self) -> None:
         if self.mask.dim() != 2:
@@ -136,7 +142,8 @@ class TokenBatch:
         for name, value in tokens.items():
             if value is not None and value.shape != full:
                 raise ShapeError(f"{name}: expected the mask's shape {list(full)}, got {list(value.shape)}")
-        for name, value in {"rewards": self.rewards, "group": self.group, "truncated": self.truncated}.items():
+        for name in ("rewards", "baseline", "group", "truncated"):
+            value = self.__dict__[name]
             if value is not None and value.shape != rows:
                 raise ShapeError(f"{name}: expected one value per row {list(rows)}, got {list(value.shape)}")
         if self.advantages is not None and self.advantages.shape not in (rows, full):
@@ -232,7 +239,7 @@ class TokenBatch:
         return [self.select(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
 
 
-_COLUMNS = ("advantages", "rewards", "group", "token_ids", "truncated")
+_COLUMNS = ("advantages", "rewards", "baseline", "group", "token_ids", "truncated")
 
 
 def _clean(values: Tensor, mask: Tensor) -> Tensor:
