@@ -6,7 +6,6 @@ and the build stops where a public name, or a public method of a public class, h
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import inspect
 import pkgutil
@@ -58,7 +57,7 @@ def undocumented(module: ModuleType) -> list[str]:
 
 
 def constant_doc(module: ModuleType, name: str) -> list[str]:
-    """The comment (`#:`) or string beside the definition of a constant or type alias, wherever in the room it stands."""
+    """The comment (`#:`) or string beside the definition of a constant or alias, wherever in the room it stands."""
     room = [module.__name__]
     if module.__dict__.get("__path__"):
         room += [f"{module.__name__}.{entry.name}" for entry in pkgutil.iter_modules(module.__path__)]
@@ -68,10 +67,10 @@ def constant_doc(module: ModuleType, name: str) -> list[str]:
     return []
 
 
-def _class_doc(value: type[Any]) -> str | None:
-    doc = value.__dict__.get("__doc__")
-    generated = dataclasses.is_dataclass(value) and doc is not None and doc.startswith(f"{value.__name__}(")
-    return None if generated else doc
+def _class_doc(value: type[Any]) -> str:
+    """The class's own docstring; the signature that dataclasses and named tuples put in its place is none."""
+    doc: str = vars(value).get("__doc__") or ""
+    return "" if doc.startswith(f"{value.__name__}(") else doc
 
 
 def _public_methods(value: type[Any]) -> list[str]:
@@ -119,8 +118,22 @@ def write_pages(app: Sphinx) -> None:
         (folder / name).write_text(text)
 
 
+def skip_generated(app: Sphinx, what: str, name: str, obj: object, skip: bool, options: object) -> bool | None:
+    """Leave out the fields of named tuples, which the class docstring and its signature name."""
+    return True if (inspect.getdoc(obj) or "").startswith("Alias for field number") else None
+
+
+def readable_defaults(
+    app: Sphinx, what: str, name: str, obj: object, options: object, signature: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    """Write `...` for the default of a field with a factory, whose own name Sphinx cannot parse."""
+    return signature and signature.replace("<factory>", "..."), returns
+
+
 def setup(app: Sphinx) -> ExtensionMetadata:
     """Register with Sphinx."""
     app.add_config_value("public_api_package", "", "env", str)
     app.connect("builder-inited", write_pages)
+    app.connect("autodoc-skip-member", skip_generated)
+    app.connect("autodoc-process-signature", readable_defaults)
     return {"parallel_read_safe": True}
