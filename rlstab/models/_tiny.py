@@ -49,7 +49,9 @@ def tiny_tokenizer(alphabet: str, *, chat_template: str | None = None) -> PreTra
     repeated = sorted({char for char in alphabet if alphabet.count(char) > 1})
     if repeated or not alphabet:
         problem = f"repeats {', '.join(map(repr, repeated))}" if repeated else "is empty"
-        raise ConfigError(f"tiny_tokenizer: alphabet {alphabet!r} {problem}; expected at least one character, each once")
+        raise ConfigError(
+            f"tiny_tokenizer: alphabet {alphabet!r} {problem}; expected at least one character, each once"
+        )
     vocabulary = {token: index for index, token in enumerate([PAD, BOS, EOS, *alphabet])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -96,7 +98,7 @@ def tiny_causal_lm(
     Example:
         >>> model = tiny_causal_lm(tiny_tokenizer("0123456789="), seed=3)
         >>> model.num_parameters()
-        132800
+        83520
     """
     _check_sizes(hidden=hidden, layers=layers, heads=heads, max_positions=max_positions)
     config = Qwen2Config(
@@ -108,7 +110,9 @@ def tiny_causal_lm(
         num_key_value_heads=heads,
         max_position_embeddings=max_positions,
         tie_word_embeddings=True,
-        **_special_tokens(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
     with isolated_rng(seed):
         model = Qwen2ForCausalLM(config)
@@ -131,7 +135,8 @@ def tiny_moe(
 ) -> Qwen3MoeForCausalLM:
     """A Qwen3 mixture-of-experts of random weights, sized for `tokenizer`, every block sparse.
 
-    Its configuration asks for router logits, so trainers add the load-balancing loss `aux_loss_coef · L_aux`.
+    Trainers that ask for router logits (`output_router_logits=True` in the call) get the load-balancing loss
+    `aux_loss_coef · L_aux`; the configuration does not ask by itself, since decoding from a cache cannot compute it.
     The weights depend on the arguments alone; the global random state is left as it was.
 
     Args:
@@ -155,8 +160,8 @@ def tiny_moe(
 
     Example:
         >>> model = tiny_moe(tiny_tokenizer("0123456789="), experts=4)
-        >>> model.config.num_experts, model.config.output_router_logits
-        (4, True)
+        >>> model.config.num_experts, model.config.num_experts_per_tok
+        (4, 2)
     """
     _check_sizes(hidden=hidden, layers=layers, heads=heads, max_positions=max_positions)
     if not 1 <= experts_per_token <= experts:
@@ -171,16 +176,16 @@ def tiny_moe(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
-        head_dim=hidden // heads,
         num_experts=experts,
         num_experts_per_tok=experts_per_token,
         norm_topk_prob=True,
         decoder_sparse_step=1,
-        output_router_logits=True,
         router_aux_loss_coef=aux_loss_coef,
         max_position_embeddings=max_positions,
         tie_word_embeddings=True,
-        **_special_tokens(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
     with isolated_rng(seed):
         model = Qwen3MoeForCausalLM(config)
@@ -194,14 +199,6 @@ def _finish(model: PreTrainedModel, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
     model.eval()
-
-
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
-    return {
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
 
 
 def _check_sizes(*, hidden: int, heads: int, **others: int) -> None:

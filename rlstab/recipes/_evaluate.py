@@ -3,13 +3,14 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -32,6 +33,8 @@ class Estimate:
     Args:
         mean: the estimate.
         se: its standard error, clustered by prompt; NaN for a single prompt.
+
+    Both are NaN if nothing could be judged.
     """
 
     mean: float
@@ -130,10 +133,12 @@ def evaluate(
         The evaluation; `pass_at` leaves out prompts of which fewer than k samples could be judged.
 
     Raises:
-        ConfigError: if an argument is outside its range, or if no prompt has enough judged samples for some k.
+        ConfigError: if an argument is outside its range, or if the tokenizer has no padding token.
         RewardError: if the task cannot score a batch.
     """
     _check(samples=samples, ks=ks, temperature=temperature, max_new_tokens=max_new_tokens, prompts=len(prompts))
+    if tokenizer.pad_token_id is None:
+        raise ConfigError("evaluate: the tokenizer has no padding token; set `tokenizer.pad_token`")
     sampling = GenerationConfig(
         do_sample=True,
         temperature=temperature,
@@ -224,7 +229,7 @@ def _outcomes(
 def _sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Any],
+    prompts: list[Any],
     sampling: GenerationConfig,
 ) -> tuple[Tensor, Tensor]:
     """Completion ids and, for each of them, the entropy it was drawn with: both `[len(prompts) * samples, T]`."""
@@ -240,7 +245,7 @@ def _sample(
             tokenizer_kwargs={"padding_side": "left"},
         )
     recorder = _EntropyRecorder(sampling.temperature)
-    sequences = model.generate(
+    sequences = cast(GenerationMixin, model).generate(
         input_ids=encoded["input_ids"].to(model.device),
         attention_mask=encoded["attention_mask"].to(model.device),
         generation_config=sampling,
@@ -273,8 +278,6 @@ def _pass_estimate(judged: Sequence[Sequence[float]], k: int) -> Estimate:
         for rewards in judged
         if len(rewards) >= k
     ]
-    if not values:
-        raise ConfigError(f"evaluate: ks {k}; no prompt has {k} judged samples; raise `samples` or lower `ks`")
     return _ratio(values, [1] * len(values))
 
 

@@ -35,8 +35,8 @@ class WarmUp:
     """
 
     steps: int = 300
-    batch_size: int = 128
-    learning_rate: float = 2e-3
+    batch_size: int = 64
+    learning_rate: float = 4e-3
     noise: float = 0.7
     max_grad_norm: float = 1.0
 
@@ -65,8 +65,9 @@ def warm_up(
     """Train `model` in place on fresh demonstrations of `task`, one batch a step.
 
     The loss is the mean over the batch's completion tokens, the end of sequence among them, of −log π(token | prefix),
-    plus the model's own load-balancing loss if it has one; prompt tokens carry none. Demonstrations come from the training split only. The result depends on the arguments
-    alone, and the global random state is left as it was.
+    plus the auxiliary loss that the model's configuration turns on, if any; prompt tokens carry none. Demonstrations
+    come from the training split only. The result depends on the arguments alone, and the global random state is left
+    as it was.
 
     Args:
         model: a causal language model, on any one device; its mode (training or evaluation) is restored.

@@ -33,8 +33,8 @@ def split_of(key: str) -> Split:
         `"train"` or `"test"`.
 
     Example:
-        >>> [split_of(key) for key in ("012", "013", "014", "015")]
-        ['train', 'train', 'train', 'test']
+        >>> [split_of(key) for key in ("apple", "pear", "plum")]
+        ['train', 'train', 'test']
     """
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return "test" if int.from_bytes(digest, "big") < TEST_SHARE * 2**64 else "train"
@@ -125,7 +125,9 @@ class Task(ABC):
         lengths = {"completions": len(completions)} | {column: len(columns[column]) for column in self.answer_columns}
         for key, length in lengths.items():
             if length != size:
-                raise RewardError(f"task {self.name}: {key} has {length} values; expected one for each of {size} prompts")
+                raise RewardError(
+                    f"task {self.name}: {key} has {length} values; expected one for each of {size} prompts"
+                )
 
     def _score(self, completion: str | Messages, row: Mapping[str, Any]) -> float | None:
         if any(value is None for value in row.values()):
