@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlstab.batch import Column, LogProbs, Requirement, TokenBatch
-from rlstab.errors import ConfigError
+from rlstab.losses._checks import check_choice, check_positive, check_range
 from rlstab.losses._parts import RolloutPart
 
 
@@ -183,7 +183,7 @@ class BatchStd(GroupAdvantage):
 
     def advantages(self, rewards: Float[Tensor, "N"], groups: Groups, batch: TokenBatch) -> Float[Tensor, "N"]:
         """The centred rewards over the batch's standard deviation."""
-        _, variance = _moments(rewards, groups.scored, ddof=1)
+        _, variance = _centre(rewards, groups.scored, ddof=1)
         return groups.centre(rewards) / (variance.sqrt() + self.eps)
 
 
@@ -237,10 +237,8 @@ class GFPO(GroupAdvantage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.k < 1:
-            raise ConfigError(f"GFPO.k: expected at least 1 row to keep of a group, got {self.k}")
-        if self.metric not in ("length", "reward_per_length"):
-            raise ConfigError(f"GFPO.metric: expected 'length' or 'reward_per_length', got {self.metric!r}")
+        check_range("GFPO.k", self.k, 1)
+        check_choice("GFPO.metric", self.metric, ("length", "reward_per_length"))
 
     def advantages(self, rewards: Float[Tensor, "N"], groups: Groups, batch: TokenBatch) -> Float[Tensor, "N"]:
         """The standardised rewards of the rows that are kept."""
@@ -278,8 +276,7 @@ class GPGAdvantage(GroupAdvantage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.norm not in ("none", "std"):
-            raise ConfigError(f"GPGAdvantage.norm: expected 'none' or 'std', got {self.norm!r}")
+        check_choice("GPGAdvantage.norm", self.norm, ("none", "std"))
 
     def advantages(self, rewards: Float[Tensor, "N"], groups: Groups, batch: TokenBatch) -> Float[Tensor, "N"]:
         """The centred rewards, scaled."""
@@ -411,14 +408,18 @@ class SigmaFilter(Advantage):
     advantage: Advantage
     bound: float = 3.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("SigmaFilter.bound", self.bound)
+
     def compute(self, batch: TokenBatch) -> Float[Tensor, "N T"]:
         """The standardised advantages without the outliers."""
         advantages = self.advantage.compute(batch)
         per_token = advantages if advantages.dim() == 2 else advantages.unsqueeze(-1).expand(batch.shape)
         tokens = batch.loss_mask & ~batch.column("rewards").isnan().unsqueeze(-1)
-        mean, variance = _moments(per_token, tokens, ddof=0)
-        z = (per_token - mean) * variance.clamp(min=1e-8).rsqrt()
-        return torch.where(tokens & (z.abs() <= self.bound), z, 0.0)
+        centred, variance = _centre(per_token, tokens, ddof=0)
+        z = centred * variance.clamp(min=1e-8).rsqrt()
+        return torch.where(z.abs() <= self.bound, z, 0.0)
 
 
 def group_index(group: Int[Tensor, "N"]) -> Int[Tensor, "N"]:
@@ -427,18 +428,19 @@ def group_index(group: Int[Tensor, "N"]) -> Int[Tensor, "N"]:
     return index
 
 
-def _moments(
+def _centre(
     values: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"], *, ddof: int
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Mean and variance where `mask` holds."""
+) -> tuple[Float[Tensor, "*N"], Float[Tensor, ""]]:
+    """Difference to the mean where `mask` holds, 0 elsewhere, and the variance; exactly 0 where all values are equal."""
     count = mask.sum()
-    mean = torch.where(mask, values, 0.0).sum() / count.clamp(min=1)
-    return mean, torch.where(mask, values - mean, 0.0).square().sum() / (count - ddof).clamp(min=1)
+    values = torch.where(mask, values - torch.where(mask, values, torch.inf).amin(), 0.0)
+    centred = torch.where(mask, values - values.sum() / count.clamp(min=1), 0.0)
+    return centred, centred.square().sum() / (count - ddof).clamp(min=1)
 
 
 def _whiten(values: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"], *, eps: float) -> Float[Tensor, "N T"]:
-    mean, variance = _moments(values, mask, ddof=1)
-    return torch.where(mask, (values - mean) * (variance + eps).rsqrt(), 0.0)
+    centred, variance = _centre(values, mask, ddof=1)
+    return centred * (variance + eps).rsqrt()
 
 
 def _rank(cost: Float[Tensor, "N"], group: Int[Tensor, "N"]) -> Int[Tensor, "N"]:

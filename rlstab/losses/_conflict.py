@@ -12,6 +12,7 @@ from torch import Tensor
 from rlstab.batch import Column, Requirement, TokenBatch, VocabStat
 from rlstab.errors import ConfigError
 from rlstab.losses._advantage import Advantage, GroupCenter, group_index
+from rlstab.losses._checks import check_choice, check_positive
 from rlstab.losses._metrics import Metric, token_mean
 from rlstab.losses._parts import RolloutPart
 from rlstab.losses._weight import Factor, Weight
@@ -116,8 +117,8 @@ class ConflictWeight(Weight):
     mask: ConflictMask = field(default_factory=ConflictMask)
 
     def __post_init__(self) -> None:
-        if self.overlap not in ("max", "product"):
-            raise ConfigError(f"ConflictWeight.overlap: expected 'max' or 'product', got {self.overlap!r}")
+        check_choice("ConflictWeight.overlap", self.overlap, ("max", "product"))
+        check_positive("ConflictWeight.positive", self.positive)
 
     @property
     def requires(self) -> frozenset[Requirement]:

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rlstab.batch import Column, LogProbs, Requirement, TokenBatch
-from rlstab.errors import ConfigError
+from rlstab.losses._checks import check_choice, check_positive, check_range
 from rlstab.losses._metrics import token_mean
 from rlstab.losses._parts import StepStatistic
 from rlstab.losses._term import Loss, Term
@@ -60,8 +60,8 @@ class TopCovariance(StepStatistic):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.fraction <= 1:
-            raise ConfigError(f"TopCovariance.fraction: expected a share in (0, 1], got {self.fraction}")
+        check_positive("TopCovariance.fraction", self.fraction)
+        check_range("TopCovariance.fraction", self.fraction, 0, 1)
 
     @property
     def requires(self) -> frozenset[Requirement]:
@@ -111,10 +111,9 @@ class KLCov(Term):
     over: Literal["step", "micro_batch"] = "step"
 
     def __post_init__(self) -> None:
-        if self.over not in ("step", "micro_batch"):
-            raise ConfigError(f"KLCov.over: expected 'step' or 'micro_batch', got {self.over!r}")
-        if not 0 < self.fraction <= 1:
-            raise ConfigError(f"KLCov.fraction: expected a share in (0, 1], got {self.fraction}")
+        check_positive("KLCov.fraction", self.fraction)
+        check_range("KLCov.fraction", self.fraction, 0, 1)
+        check_choice("KLCov.over", self.over, ("step", "micro_batch"))
 
     @property
     def inert_on_policy(self) -> tuple[str, ...]:
