@@ -1,0 +1,65 @@
+"""The style sheet of the report: follows the reader's light or dark setting, and reads well on a phone."""
+
+STYLE = """
+:root {
+  color-scheme: light dark;
+  --ground: #f6f7f9; --card: #ffffff; --text: #1b1f24; --muted: #5c6570; --line: #e1e5ea;
+  --good: #00694e; --bad: #b3261e; --open: #8a5a00; --code: #eef1f4;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --ground: #0f1216; --card: #171b21; --text: #e8ecf1; --muted: #9aa5b1; --line: #2b323b;
+    --good: #4fd1a5; --bad: #ff8a80; --open: #f2c063; --code: #20262e;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0 auto; padding: 2rem 1rem 4rem; max-width: 70rem; background: var(--ground); color: var(--text);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
+}
+h1 { margin: 0; font-size: 1.7rem; line-height: 1.25; overflow-wrap: anywhere; }
+h2 { margin: 2.5rem 0 .75rem; font-size: 1.2rem; }
+p { margin: .4rem 0; }
+.muted { color: var(--muted); }
+.small { font-size: .875rem; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.25rem; }
+.verdict { margin-top: 1.25rem; }
+.verdict p:first-child { margin-top: 0; font-size: 1.2rem; font-weight: 600; line-height: 1.4; }
+.verdict p:last-child { margin-bottom: 0; }
+.scroll { overflow-x: auto; }
+table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .5rem .75rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
+tr:last-child > td, tr:last-child > th { border-bottom: 0; }
+thead th { color: var(--muted); font-weight: 500; font-size: .875rem; }
+tbody th { font-weight: 500; }
+td.number, th.number { text-align: right; white-space: nowrap; }
+.better { color: var(--good); font-weight: 600; }
+.worse { color: var(--bad); font-weight: 600; }
+.unclear { color: var(--open); }
+.plots { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
+.plots .card { padding: .75rem; }
+img { display: block; width: 100%; height: auto; }
+.samples { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
+.samples dl { margin: 0; }
+dt { margin-top: .6rem; font-size: .875rem; color: var(--muted); }
+.samples dt:first-child, .signals dt:first-child { margin-top: 0; }
+dd { margin: 0; }
+pre, code { font: .875rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+code { overflow-wrap: anywhere; }
+pre {
+  margin: .15rem 0; padding: .5rem .65rem; max-height: 24rem; overflow: auto; white-space: pre-wrap;
+  overflow-wrap: anywhere; background: var(--code); border-radius: 6px;
+}
+details > summary { cursor: pointer; font-weight: 500; }
+details[open] > summary { margin-bottom: .75rem; }
+.signals dt { color: var(--text); }
+.signals dd { color: var(--muted); padding-bottom: .5rem; border-bottom: 1px solid var(--line); }
+.signals dd:last-child { border-bottom: 0; padding-bottom: 0; }
+ul { margin: 0; padding-left: 1.2rem; }
+@media (max-width: 40rem) {
+  body { padding: 1.25rem .75rem 3rem; }
+  .card { padding: .85rem .9rem; }
+  .plots .card { padding: .4rem; }
+  th, td { padding: .45rem .4rem; }
+}
+"""
