@@ -1,7 +1,7 @@
 """Evaluation on held-out prompts: pass@k, reward, entropy and length, with standard errors over prompts."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,7 +10,6 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import (
     GenerationConfig,
-    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -245,7 +244,8 @@ def _sample(
             tokenizer_kwargs={"padding_side": "left"},
         )
     recorder = _EntropyRecorder(sampling.temperature)
-    sequences = cast(GenerationMixin, model).generate(
+    generate = cast(Callable[..., Tensor], model.generate)
+    sequences = generate(
         input_ids=encoded["input_ids"].to(model.device),
         attention_mask=encoded["attention_mask"].to(model.device),
         generation_config=sampling,

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlstab.errors import ConfigError
 from rlstab.models import tiny_causal_lm, tiny_moe, tiny_tokenizer
@@ -13,7 +13,7 @@ ALPHABET = "0123456789= +-\n"
 TEXTS = ["31 = 13\n", "0", " +-= "]
 
 build = pytest.mark.parametrize("build", [tiny_causal_lm, tiny_moe], ids=lambda build: build.__name__)
-Build = Callable[..., Qwen2ForCausalLM | Qwen3MoeForCausalLM]
+Build = Callable[..., Any]
 
 
 class TestTokenizer:
