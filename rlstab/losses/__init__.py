@@ -24,39 +24,88 @@ from rlstab.losses._advantage import (
     ReMax,
     SigmaFilter,
 )
+from rlstab.losses._clipped import (
+    CISPO,
+    GMPO,
+    SAPO,
+    ClippedSurrogate,
+    clipped_surrogate,
+    gmpo_surrogate,
+    sapo_surrogate,
+)
 from rlstab.losses._conflict import ConflictMask, ConflictWeight, EntropyFilter
 from rlstab.losses._controllers import Controller, EntropyTarget, Linear
 from rlstab.losses._covariance import KLCov, TopCovariance, covariance
+from rlstab.losses._entropy import EntropyBonus
+from rlstab.losses._kl import KL, kl_estimate
 from rlstab.losses._mean import Mean
 from rlstab.losses._metrics import Hist, Max, Metric, Min, Sum, Total
+from rlstab.losses._mismatch import clustered_mean, mismatch_rows, mismatch_values
 from rlstab.losses._objective import Objective, ObjectiveLoss, TermReport
 from rlstab.losses._parts import Needs, Part, Prepared, RolloutPart, StepStatistic, prepared_parts, run_parts
-from rlstab.losses._ratio import Ratio, TokenRatio
-from rlstab.losses._surrogate import Surrogate, clipped_surrogate
+from rlstab.losses._policy_gradient import (
+    VESPO,
+    AStarPO,
+    ImportanceSurrogate,
+    PolicyGradient,
+    optimal_value,
+    vespo_weight,
+)
+from rlstab.losses._ratio import GeometricRatio, GSPOTokenRatio, PreClippedRatio, Ratio, SequenceRatio, TokenRatio
+from rlstab.losses._sampler_weight import (
+    GeometricRejection,
+    MaskedIS,
+    SamplerCorrection,
+    SamplerWeight,
+    TruncatedIS,
+    Veto,
+)
+from rlstab.losses._surrogate import RatioSurrogate, Surrogate
 from rlstab.losses._term import Loss, Term, term_name
-from rlstab.losses._weight import Factor, SamplerCorrection, Weight
+from rlstab.losses._weight import (
+    EntropyThreshold,
+    Factor,
+    OffPolicySequenceMask,
+    TopEntropy,
+    TruncatedCompletions,
+    Weight,
+)
 
 __all__ = [
+    "CISPO",
     "GFPO",
+    "GMPO",
+    "KL",
     "OPO",
+    "SAPO",
+    "VESPO",
+    "AStarPO",
     "Advantage",
     "BatchStd",
+    "ClippedSurrogate",
     "ConflictMask",
     "ConflictWeight",
     "Controller",
+    "EntropyBonus",
     "EntropyFilter",
     "EntropyTarget",
+    "EntropyThreshold",
     "Factor",
     "GPGAdvantage",
+    "GSPOTokenRatio",
+    "GeometricRatio",
+    "GeometricRejection",
     "GroupAdvantage",
     "GroupCenter",
     "GroupNorm",
     "Groups",
     "Hist",
+    "ImportanceSurrogate",
     "KLCov",
     "LeaveOneOut",
     "Linear",
     "Loss",
+    "MaskedIS",
     "Max",
     "Mean",
     "Metric",
@@ -64,14 +113,20 @@ __all__ = [
     "Needs",
     "Objective",
     "ObjectiveLoss",
+    "OffPolicySequenceMask",
     "Part",
+    "PolicyGradient",
+    "PreClippedRatio",
     "Prepared",
     "Ratio",
+    "RatioSurrogate",
     "ReMax",
     "ReinforcePP",
     "ReinforcePPBaseline",
     "RolloutPart",
     "SamplerCorrection",
+    "SamplerWeight",
+    "SequenceRatio",
     "SigmaFilter",
     "StepStatistic",
     "Sum",
@@ -80,11 +135,23 @@ __all__ = [
     "TermReport",
     "TokenRatio",
     "TopCovariance",
+    "TopEntropy",
     "Total",
+    "TruncatedCompletions",
+    "TruncatedIS",
+    "Veto",
     "Weight",
     "clipped_surrogate",
+    "clustered_mean",
     "covariance",
+    "gmpo_surrogate",
+    "kl_estimate",
+    "mismatch_rows",
+    "mismatch_values",
+    "optimal_value",
     "prepared_parts",
     "run_parts",
+    "sapo_surrogate",
     "term_name",
+    "vespo_weight",
 ]
