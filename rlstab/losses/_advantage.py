@@ -431,7 +431,7 @@ def group_index(group: Int[Tensor, "N"]) -> Int[Tensor, "N"]:
 def _centre(
     values: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"], *, ddof: int
 ) -> tuple[Float[Tensor, "*N"], Float[Tensor, ""]]:
-    """Difference to the mean where `mask` holds, 0 elsewhere, and the variance; exactly 0 where all values are equal."""
+    """Difference to the mean where `mask` holds, 0 elsewhere, and the variance; exactly 0 if all values are equal."""
     count = mask.sum()
     values = torch.where(mask, values - torch.where(mask, values, torch.inf).amin(), 0.0)
     centred = torch.where(mask, values - values.sum() / count.clamp(min=1), 0.0)

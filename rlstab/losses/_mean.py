@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -49,13 +50,13 @@ class Mean:
         if loss.dim() == 1:
             if self.unit != "sequence":
                 raise ShapeError(f"a loss with one value per row has no mean over {self.unit!r}: use .mean('sequence')")
-            return loss.sum() / count.sequences
-        masked = loss * batch.loss_mask
+            return loss.sum() / _or_one(count.sequences)
+        masked = torch.where(batch.loss_mask, loss, 0.0)
         if self.unit == "token":
-            return masked.sum() / _at_least_one(count.tokens)
+            return masked.sum() / _or_one(count.tokens)
         if self.unit == "sequence":
-            return (masked.sum(-1) / batch.loss_mask.sum(-1).clamp(min=1)).sum() / count.sequences
-        return masked.sum() / (count.sequences * self.unit)
+            return (masked.sum(-1) / batch.loss_mask.sum(-1).clamp(min=1)).sum() / _or_one(count.sequences)
+        return masked.sum() / (_or_one(count.sequences) * self.unit)
 
 
 class BoundMean(Mean):
@@ -90,5 +91,6 @@ class MeanField:
         term.__dict__["_mean"] = Mean(unit=value.unit, over=value.over)
 
 
-def _at_least_one(count: Tensor | float) -> Tensor | float:
-    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1.0)
+def _or_one(count: Tensor | float) -> Tensor | float:
+    """The count, or 1 where nothing was counted. A count per rank may lie between 0 and 1."""
+    return torch.where(count > 0, count, 1.0) if isinstance(count, Tensor) else count or 1.0
