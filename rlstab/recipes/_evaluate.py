@@ -232,17 +232,7 @@ def _sample(
     sampling: GenerationConfig,
 ) -> tuple[Tensor, Tensor]:
     """Completion ids and, for each of them, the entropy it was drawn with: both `[len(prompts) * samples, T]`."""
-    if isinstance(prompts[0], str):
-        encoded = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
-    else:
-        encoded = tokenizer.apply_chat_template(
-            prompts,
-            add_generation_prompt=True,
-            padding=True,
-            return_dict=True,
-            return_tensors="pt",
-            tokenizer_kwargs={"padding_side": "left"},
-        )
+    encoded = encode_prompts(tokenizer, prompts)
     recorder = _EntropyRecorder(sampling.temperature)
     generate = cast(Callable[..., Tensor], model.generate)
     sequences = generate(
@@ -254,14 +244,29 @@ def _sample(
     return sequences[:, encoded["input_ids"].shape[1] :], torch.stack(recorder.steps, dim=1)
 
 
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Any]) -> Mapping[str, Tensor]:
+    """Ids and attention mask of plain or conversational prompts, padded on the left."""
+    if isinstance(prompts[0], str):
+        return cast(Mapping[str, Tensor], tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt"))
+    encoded = tokenizer.apply_chat_template(
+        prompts,
+        add_generation_prompt=True,
+        padding=True,
+        return_dict=True,
+        return_tensors="pt",
+        tokenizer_kwargs={"padding_side": "left"},
+    )
+    return cast(Mapping[str, Tensor], encoded)
+
+
 def _summary(outcomes: Sequence[_Outcome], *, ks: Sequence[int], samples: int) -> Evaluation:
     judged = [outcome.judged for outcome in outcomes]
     tokens = [outcome.tokens for outcome in outcomes]
     return Evaluation(
         pass_at={k: _pass_estimate(judged, k) for k in ks},
-        reward=_ratio([sum(rewards) for rewards in judged], [len(rewards) for rewards in judged]),
+        reward=_ratio([math.fsum(rewards) for rewards in judged], [len(rewards) for rewards in judged]),
         entropy=_ratio([outcome.entropy for outcome in outcomes], tokens),
-        length=_ratio(tokens, [samples] * len(outcomes)),
+        length=_ratio([float(count) for count in tokens], [samples] * len(outcomes)),
         prompts=len(outcomes),
         samples=samples,
         unscored=len(outcomes) * samples - sum(map(len, judged)),
@@ -281,9 +286,9 @@ def _pass_estimate(judged: Sequence[Sequence[float]], k: int) -> Estimate:
     return _ratio(values, [1] * len(values))
 
 
-def _ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
+def _ratio(numerators: Sequence[float], denominators: Sequence[int]) -> Estimate:
     """Σ num / Σ den over prompts, with the linearised standard error of a ratio of clustered sums."""
-    count, total = len(numerators), math.fsum(denominators)
+    count, total = len(numerators), sum(denominators)
     if total == 0:
         return Estimate(mean=math.nan, se=math.nan)
     mean = math.fsum(numerators) / total

@@ -85,8 +85,8 @@ class TestStandardError:
         generator = torch.Generator().manual_seed(0)
         covered = 0
         for _ in range(400):
-            size = torch.randint(1, 8, (60,), generator=generator).double()
-            total = size * 0.5 + size.sqrt() * torch.randn(60, generator=generator)
+            size = torch.randint(1, 8, (60,), generator=generator)
+            total = size * 0.5 + size.double().sqrt() * torch.randn(60, generator=generator)
             estimate = _ratio(total.tolist(), size.tolist())
             covered += abs(estimate.mean - 0.5) <= 1.96 * estimate.se
         assert 0.90 <= covered / 400 <= 0.98
