@@ -52,14 +52,15 @@ pre {
 }
 details > summary { cursor: pointer; font-weight: 500; }
 details[open] > summary { margin-bottom: .75rem; }
-.signals dt { color: var(--text); }
-.signals dd { color: var(--muted); padding-bottom: .5rem; border-bottom: 1px solid var(--line); }
+.signals dt { font-size: 1rem; color: var(--text); }
+.signals dd { font-size: .875rem; color: var(--muted); padding-bottom: .5rem; border-bottom: 1px solid var(--line); }
 .signals dd:last-child { border-bottom: 0; padding-bottom: 0; }
 ul { margin: 0; padding-left: 1.2rem; }
 @media (max-width: 40rem) {
   body { padding: 1.25rem .75rem 3rem; }
   .card { padding: .85rem .9rem; }
   .plots .card { padding: .4rem; }
-  th, td { padding: .45rem .4rem; }
+  th, td { padding: .45rem .3rem; }
+  td.number { white-space: normal; }
 }
 """

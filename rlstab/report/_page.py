@@ -99,9 +99,9 @@ def _list(items: Sequence[str]) -> str:
 def _table(run: Run) -> str:
     rows = [
         f'<tr><th scope="row">{escape(title(row))}</th>'
-        f'<td class="number">{escape(amount(row.before, row.before_se, row.unit))}</td>'
-        f'<td class="number">{escape(amount(row.after, row.after_se, row.unit))}</td>'
-        f'<td class="number {_CLASSES[row.judgement]}">{escape(change(row))}'
+        f'<td class="number">{_unbroken(amount(row.before, row.before_se, row.unit))}</td>'
+        f'<td class="number">{_unbroken(amount(row.after, row.after_se, row.unit))}</td>'
+        f'<td class="number {_CLASSES[row.judgement]}">{_unbroken(change(row))}'
         f"{f'<br><span class=small>{row.judgement}</span>' if row.judgement else ''}</td></tr>"
         for row in summarise(run)
     ]
@@ -111,6 +111,11 @@ def _table(run: Run) -> str:
     note = '<p class="muted small">± one standard error, prompts as the unit; “not clear” is within two of them.</p>'
     body = f"<thead><tr><td></td>{heads}</tr></thead><tbody>{''.join(rows)}</tbody>"
     return _card(f'<div class="scroll"><table>{body}</table></div>{note}')
+
+
+def _unbroken(number: str) -> str:
+    """Let a number break before its error only."""
+    return escape(number).replace("± ", "±&nbsp;").replace(" %", "&nbsp;%").replace(" points", "&nbsp;points")
 
 
 def _plots(run: Run) -> str:
@@ -227,7 +232,7 @@ def _signal(run: Run, key: str) -> str:
     entry = known(key)
     if entry is None:
         return f"<dt><code>{escape(key)}</code></dt><dd>a metric of the user's own{last}</dd>"
-    formula = f" <code>{escape(entry.formula)}</code>" if entry.formula else ""
+    formula = f"<code>{escape(entry.formula)}</code><br>" if entry.formula else ""
     cost = "" if entry.cost == "none" else f" · costs {entry.cost}"
     facts = f"unit {entry.unit} · {_GOOD[entry.direction]} · {entry.cadence} · joined by {entry.reduction}{cost}{last}"
-    return f"<dt><code>{escape(key)}</code> {escape(entry.meaning)}</dt><dd>{formula}<br>{escape(facts)}</dd>"
+    return f"<dt><code>{escape(key)}</code> {escape(entry.meaning)}</dt><dd>{formula}{escape(facts)}</dd>"

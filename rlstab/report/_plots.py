@@ -16,11 +16,14 @@ from numpy.typing import NDArray
 
 from rlstab.errors import RecordError
 from rlstab.record import RunFolder, Series
-from rlstab.report._run import Run, read
+from rlstab.report._run import Run, numbers, read
 from rlstab.report._style import LIGHT, Label, Palette, frame, label_ends
 from rlstab.schema import signal
 
 Values = NDArray[np.float64]
+
+_LONG = 300
+_FEW = 40
 
 
 class Plot(NamedTuple):
@@ -76,22 +79,20 @@ def png(figure: Figure) -> bytes:
 
 
 def _reward(run: Run, palette: Palette) -> Figure:
-    series = run.metrics.series("train/reward")
-    window = max(1, len(series.steps) // 20)
-    meaning = (
-        f"Sampled completions in training; thick: mean over {window} steps" if window > 1 else "Sampled completions"
+    figure, axes = frame(
+        palette,
+        title="Reward",
+        subtitle="Mean reward of the sampled completions, and at evaluations on held-out prompts",
+        unit=signal("train/reward").unit,
     )
-    figure, axes = frame(palette, title="Reward", subtitle=meaning, unit="reward")
-    color, other, _ = palette.data
-    if window > 1:
-        axes.plot(series.steps, _finite(series.values), color=color, linewidth=0.8, alpha=0.4)
-    _line(axes, Series(series.steps, smooth(series.values, window)), color)
-    labels = _end(Series(series.steps, smooth(series.values, window)), "training", color)
+    series = run.metrics.series("train/reward")
+    labels = _curve(axes, palette, series, "training", palette.data[0], window=max(1, len(series.steps) // 20))
     steps, values, errors = _evaluations(run, "eval/reward")
     if len(steps):
+        other = palette.data[1]
         axes.errorbar(steps, values, 2 * errors, fmt="o", color=other, markersize=6, capsize=3, zorder=4)
-        labels += _end(Series(steps, values), "held-out ± 2 s.e." if np.any(errors > 0) else "held-out", other)
-    _non_finite(axes, series, color, palette)
+        name = "held-out ± 2 s.e." if np.any(errors > 0) else "held-out"
+        labels.append(Label(text=name, y=float(values[-1]), color=other))
     return _finished(figure, axes, run, labels, palette)
 
 
@@ -100,47 +101,37 @@ def _drift(run: Run, palette: Palette) -> Figure:
         palette,
         title="Drift",
         subtitle="How far the policy has moved: exact KL to a reference; band: ± 2 standard errors by prompt",
-        unit="KL, " + signal("drift/initial/kl").unit,
+        unit=f"KL, {signal('drift/initial/kl').unit}",
     )
     labels: list[Label] = []
-    for (key, name), color in zip(
-        (("drift/initial/kl", "to the start"), ("drift/moving/kl", "to moving")), palette.data, strict=False
-    ):
-        series = run.metrics.series(key)
-        error = run.metrics.series(f"{key}_se")
+    shown = (("drift/initial/kl", "to the start"), ("drift/moving/kl", "to moving"))
+    for (key, name), color in zip(shown, palette.data, strict=False):
+        series, error = run.metrics.series(key), run.metrics.series(f"{key}_se")
         both, at, at_error = np.intersect1d(series.steps, error.steps, return_indices=True)
         middle, half = _finite(series.values[at]), 2 * _finite(error.values[at_error])
         axes.fill_between(both, np.maximum(middle - half, 0), middle + half, color=color, alpha=0.18, linewidth=0)
-        _line(axes, series, color, marked=len(series.steps) <= 40)
-        _non_finite(axes, series, color, palette)
-        labels += _end(series, name, color)
+        labels += _curve(axes, palette, series, name, color)
     axes.set_ylim(bottom=0)
     return _finished(figure, axes, run, labels, palette)
 
 
 def _mismatch(run: Run, palette: Palette) -> Figure:
-    shown = (("mismatch/k1", "|k1|"), ("mismatch/k3", "k3"), ("mismatch/max_abs", "largest |Δ|"))
-    series = [
-        (Series(found.steps, np.abs(found.values)), name)
-        for key, name in shown
-        if len((found := run.metrics.series(key)).steps)
-    ]
     figure, axes = frame(
         palette,
         title="Trainer against sampler",
         subtitle="Δ = log-prob(trainer) − log-prob(sampler) of sampled tokens; k1, k3 estimate the KL",
-        unit="nats/token",
+        unit=signal("mismatch/k3").unit,
     )
-    finite = np.concatenate([values.values[np.isfinite(values.values)] for values, _ in series])
-    floor = _log_axis(axes, finite)
-    if not np.any(finite > 0):
+    shown = (("mismatch/k1", "|k1|"), ("mismatch/k3", "k3"), ("mismatch/max_abs", "largest |Δ|"))
+    series = [(name, run.metrics.series(key)) for key, name in shown]
+    sizes = np.abs(np.concatenate([values for _, (_, values) in series]))
+    sizes = sizes[np.isfinite(sizes)]
+    floor = _log_axis(axes, sizes)
+    if len(sizes) and not np.any(sizes):
         axes.text(0.5, 0.5, "no difference at any step", transform=axes.transAxes, ha="center", color=palette.muted)
     labels: list[Label] = []
-    for (values, name), color in zip(series, palette.data, strict=False):
-        lifted = Series(values.steps, np.maximum(values.values, floor))
-        _line(axes, lifted, color)
-        _non_finite(axes, values, color, palette)
-        labels += _end(lifted, name, color)
+    for (name, (steps, values)), color in zip(series, palette.data, strict=True):
+        labels += _curve(axes, palette, Series(steps, np.abs(values)), name, color, floor=floor)
     return _finished(figure, axes, run, labels, palette)
 
 
@@ -153,10 +144,9 @@ def _entropy(run: Run, palette: Palette) -> Figure:
         subtitle="How undecided the policy is at the sampled tokens; near 0 it no longer explores",
         unit=f"entropy, {signal(key).unit}",
     )
-    _line(axes, series, palette.data[0])
-    _non_finite(axes, series, palette.data[0], palette)
+    labels = _curve(axes, palette, series, "training", palette.data[0])
     axes.set_ylim(bottom=0)
-    return _finished(figure, axes, run, _end(series, "training", palette.data[0]), palette)
+    return _finished(figure, axes, run, labels, palette)
 
 
 PLOTS = (
@@ -205,42 +195,60 @@ def _finite(values: Values) -> Values:
     return np.where(np.isfinite(values), values, np.nan)
 
 
-def _line(axes: Axes, series: Series, color: str, *, marked: bool = False) -> None:
-    alone = len(series.steps) == 1
-    marker = "o" if marked or alone else ""
-    axes.plot(series.steps, _finite(series.values), color=color, linewidth=1.8, marker=marker, markersize=4)
+def _curve(
+    axes: Axes,
+    palette: Palette,
+    series: Series,
+    name: str,
+    color: str,
+    *,
+    window: int | None = None,
+    floor: float = -math.inf,
+) -> list[Label]:
+    """Draw one metric, and return the label for its end; none for a metric without finite values.
 
-
-def _end(series: Series, name: str, color: str) -> list[Label]:
-    """Return the label of a line at its last finite value; none for a line without any."""
-    finite = series.values[np.isfinite(series.values)]
-    return [Label(text=name, y=float(finite[-1]), color=color)] if len(finite) else []
+    A long series is drawn thin, with its moving mean over `window` steps thick; values below `floor` stand on it.
+    """
+    count = len(series.steps)
+    if count == 0:
+        return []
+    width = (1 if count <= _LONG else count // 60) if window is None else window
+    values = np.maximum(_finite(series.values), floor)
+    mean = np.maximum(smooth(series.values, width), floor)
+    if width > 1:
+        axes.plot(series.steps, values, color=color, linewidth=0.8, alpha=0.4)
+        axes.set_xlabel(f"optimizer step (thick: mean over {width} values)")
+    marker = "o" if count <= _FEW else ""
+    axes.plot(series.steps, mean, color=color, linewidth=1.8, marker=marker, markersize=4)
+    _non_finite(axes, series, color, palette)
+    ends = mean[np.isfinite(mean)]
+    return [Label(text=name, y=float(ends[-1]), color=color)] if len(ends) else []
 
 
 def _evaluations(run: Run, key: str) -> tuple[NDArray[np.int64], Values, Values]:
-    """Return steps, values and standard errors of the evaluations that hold a key."""
-    found = [
-        (event.step, values[key], values.get(f"{key}_se", 0.0))
-        for event in run.events.of("evaluation")
-        if event.step is not None and isinstance(values := event.fields.get("values"), dict) and key in values
-    ]
-    steps, values, errors = (np.array(column) for column in zip(*found, strict=True)) if found else ([], [], [])
-    return np.asarray(steps, dtype=np.int64), np.asarray(values, dtype=float), np.asarray(errors, dtype=float)
+    """Return steps, values and standard errors of the evaluations that hold a key, from events and metrics."""
+    error = f"{key}_se"
+    found = {row.step: (row.values[key], row.values.get(error, 0.0)) for row in run.metrics.rows if key in row.values}
+    for event in run.events.of("evaluation"):
+        values = numbers(event.fields.get("values"))
+        if event.step is not None and key in values:
+            found[event.step] = (values[key], values.get(error, 0.0))
+    steps = sorted(found)
+    columns = np.array([found[step] for step in steps], dtype=np.float64).reshape(-1, 2)
+    return np.array(steps, dtype=np.int64), columns[:, 0], columns[:, 1]
 
 
-def _log_axis(axes: Axes, values: Values) -> float:
+def _log_axis(axes: Axes, sizes: Values) -> float:
     """Make the y axis logarithmic and return its floor; where there are zeros, the lowest decade stands for them."""
-    positive = values[values > 0]
-    low, high = (
-        (10.0 ** math.floor(math.log10(edge)) for edge in (positive.min(), positive.max())) if len(positive) else (1, 1)
-    )
-    floor = low / 10 if np.any(values == 0) else low
+    exponents = np.floor(np.log10(np.clip(sizes[sizes > 0], 1e-300, 1e300)))
+    low, high = (10.0 ** exponents.min(), 10.0 ** exponents.max()) if len(exponents) else (1.0, 1.0)
+    floor = low / 10 if np.any(sizes == 0) else low
     axes.set_yscale("log")
     axes.set_ylim(floor * 0.8, high * 10)
     axes.yaxis.set_major_locator(LogLocator(numticks=8))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: "0" if y <= floor * 1.01 < low else _power(y)))
-    return floor
+    return float(floor)
 
 
 def _power(value: float) -> str:

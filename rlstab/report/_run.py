@@ -43,12 +43,9 @@ class Run:
 
         Runs without evaluation events fall back to the `eval/` metrics of their first and last evaluated steps.
         """
-        found = [
-            {key: value for key, value in values.items() if isinstance(value, int | float)}
-            for event in self.events.of("evaluation")
-            if event.fields.get("phase") == phase and isinstance(values := event.fields.get("values"), dict)
-        ]
-        if self.events.of("evaluation"):
+        events = self.events.of("evaluation")
+        if events:
+            found = [numbers(event.fields.get("values")) for event in events if event.fields.get("phase") == phase]
             return (found[0] if phase == "before" else found[-1]) if found else {}
         rows = [
             {key: value for key, value in row.values.items() if key.startswith("eval/")} for row in self.metrics.rows
@@ -70,6 +67,13 @@ class Run:
         if self.last_step is None:
             return "no step of training was logged"
         return otherwise
+
+
+def numbers(values: object) -> dict[str, float]:
+    """Return the numbers of a mapping by key; nothing for what is no mapping."""
+    if not isinstance(values, dict):
+        return {}
+    return {str(key): value for key, value in values.items() if isinstance(value, int | float)}
 
 
 def read(folder: RunFolder) -> Run:

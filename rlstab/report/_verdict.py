@@ -41,7 +41,10 @@ def missing(run: Run) -> list[str]:
     for phase in ("before", "after"):
         if not run.evaluation(phase):
             found.append(f"Evaluation {phase} training: {_why_no_evaluation(run, phase)}.")
-    found += [f"Plot of the {plot.shows}: {plot.why_missing(run)}." for plot in PLOTS if not plot.possible(run)]
+    if run.last_step is None:
+        found.append("Plots: no step of training was logged.")
+    else:
+        found += [f"Plot of the {plot.shows}: {plot.why_missing(run)}." for plot in PLOTS if not plot.possible(run)]
     if not run.rollouts.rows:
         found.append("Sample completions: the run recorded none.")
     for log, name in ((run.metrics, "metrics.jsonl"), (run.events, "events.jsonl"), (run.rollouts, "rollouts/")):
