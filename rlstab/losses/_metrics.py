@@ -128,3 +128,18 @@ def token_mean(values: Tensor, mask: Tensor) -> Sum:
     if values.shape[-1] == 1:
         return Sum(values.sum(), torch.full_like(values[:, 0], 1.0).sum())
     return Sum((values * mask).sum(), mask.sum().to(values.dtype))
+
+
+def masked_max(values: Tensor, mask: Tensor) -> Max:
+    """The largest of `values` where `mask` holds, as a metric; -inf where nothing does."""
+    return Max(torch.where(mask, values.detach(), -torch.inf).amax())
+
+
+def masked_min(values: Tensor, mask: Tensor) -> Min:
+    """The smallest of `values` where `mask` holds, as a metric; +inf where nothing does."""
+    return Min(torch.where(mask, values.detach(), torch.inf).amin())
+
+
+def mask_like(values: Tensor, mask: Tensor) -> Tensor:
+    """`mask` for values per token; for one value per row (`[B, 1]`) the rows that have a token."""
+    return mask if values.shape == mask.shape else mask.any(-1, keepdim=True)

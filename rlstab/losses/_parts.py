@@ -1,6 +1,7 @@
 """What every part of an objective is: a frozen value that says what it reads, keyed by what it is."""
 
 import dataclasses
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,6 +21,11 @@ class Part(ABC):
         """What this part and the parts inside it read from the batch."""
         return self._inner_requires()
 
+    @property
+    def inert_on_policy(self) -> tuple[str, ...]:
+        """What cannot act while each batch gets one update by the policy that sampled it, for a notice to the user."""
+        return tuple(text for part in self._inner_parts() for text in part.inert_on_policy)
+
     def _inner_requires(self) -> frozenset[Requirement]:
         return frozenset(need for part in self._inner_parts() for need in part.requires)
 
@@ -33,6 +39,16 @@ class Part(ABC):
     def replace(self, **changes: object) -> Self:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+def part_name(part: Part) -> str:
+    """The name of a part in metrics: its class in snake case.
+
+    >>> from rlstab.losses import TruncatedIS
+    >>> part_name(TruncatedIS(max=2.0))
+    'truncated_is'
+    """
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(part).__name__).lower()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,18 +1,55 @@
 """Importance ratios between the policy and the policy that the rollouts are judged by, in log space."""
 
+import math
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rlstab.batch import LogProbs, Requirement, TokenBatch
+from rlstab.losses._checks import check_positive, check_range
 from rlstab.losses._parts import Part
+
+
+def ratio_limit(dtype: torch.dtype) -> float:
+    """The log-ratio at which `ratio_of` stops: half the range of `dtype`, so that a product of two ratios is finite."""
+    return math.log(torch.finfo(dtype).max) / 2
+
+
+def ratio_of(log_ratio: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """`exp(log_ratio)`, held at `exp(ratio_limit)` with gradient 0 beyond (1.8e19 in float32).
+
+    An infinite ratio would turn the gradient of all parameters into NaN as soon as a clip or mask multiplies it by 0.
+
+    >>> import torch
+    >>> ratio_of(torch.tensor([0.0, 500.0]))
+    tensor([1.0000e+00, 1.8447e+19])
+    """
+    return log_ratio.clamp(max=ratio_limit(log_ratio.dtype)).exp()
+
+
+def finite_logp(logp: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Log-probs with -inf held at a large finite number (gradient 0 there), so that a weight of 0 gives 0 and not NaN.
+
+    >>> import torch
+    >>> finite_logp(torch.tensor([-1.0, -torch.inf]))
+    tensor([-1.0000e+00, -1.8447e+19])
+    """
+    return logp.clamp(min=-math.sqrt(torch.finfo(logp.dtype).max))
+
+
+def masked_row_mean(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B 1"]:
+    """The mean over the tokens of each row; 0 in a row without tokens."""
+    return ((values * mask).sum(-1) / mask.sum(-1).clamp(min=1)).unsqueeze(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio(Part):
-    r"""The log of an importance ratio $\pi/\pi_\text{against}$, with gradient.
+    r"""The log of an importance ratio $\pi/\pi_\text{against}$, with gradient. Abstract.
+
+    A token to which both policies give probability 0 has no ratio: NaN.
 
     Args:
         against: source of the denominator: `old`, or `sampler` (PPO against the behaviour policy, "bypass": the
@@ -26,15 +63,145 @@ class Ratio(Part):
         """Policy and denominator."""
         return super().requires | {LogProbs("policy"), LogProbs(self.against)}
 
+    @property
+    def sequence_level(self) -> bool:
+        """Whether a sequence has one ratio."""
+        return False
+
     @abstractmethod
-    def log_ratio(self, batch: TokenBatch) -> Float[Tensor, "B T"] | Float[Tensor, "B 1"]:
+    def log_ratio(self, batch: TokenBatch) -> Float[Tensor, "B #T"]:
         """The log-ratio per token, or `[B, 1]` where a sequence has one."""
+
+    def token_log_ratio(self, batch: TokenBatch) -> Float[Tensor, "B T"]:
+        """The log-ratio of each token, from which other ratios are made."""
+        return batch.logp("policy") - batch.logp(self.against)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRatio(Ratio):
-    r"""$\log r_t = \log\pi(y_t) - \log\pi_\text{old}(y_t)$."""
+    r"""$\log r_t = \log\pi(y_t) - \log\pi_\text{old}(y_t)$.
+
+    >>> import torch
+    >>> logps = {"policy": torch.tensor([[-1.0, -2.0]]), "old": torch.tensor([[-1.5, -2.0]])}
+    >>> TokenRatio().log_ratio(TokenBatch(mask=torch.ones(1, 2), logps=logps))
+    tensor([[0.5000, 0.0000]])
+    """
 
     def log_ratio(self, batch: TokenBatch) -> Float[Tensor, "B T"]:
         """One log-ratio per token."""
-        return batch.logp("policy") - batch.logp(self.against)
+        return self.token_log_ratio(batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceRatio(Ratio):
+    r"""$\log r = \sum_t m_t (\log\pi(y_t) - \log\pi_\text{old}(y_t))$: the ratio of whole sequences.
+
+    Unbiased where all of a sequence's tokens share one advantage; its variance grows exponentially with the length.
+
+    >>> import torch
+    >>> logps = {"policy": torch.tensor([[-1.0, -2.0]]), "old": torch.tensor([[-1.5, -1.0]])}
+    >>> SequenceRatio().log_ratio(TokenBatch(mask=torch.ones(1, 2), logps=logps))
+    tensor([[-0.5000]])
+    """
+
+    @property
+    def sequence_level(self) -> bool:
+        """One ratio per sequence."""
+        return True
+
+    def log_ratio(self, batch: TokenBatch) -> Float[Tensor, "B 1"]:
+        """The sum over the tokens of each row."""
+        return (self.token_log_ratio(batch) * batch.loss_mask).sum(-1, keepdim=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeometricRatio(Ratio):
+    r"""$\log s = \frac{1}{|o|} \sum_t m_t (\log\pi(y_t) - \log\pi_\text{old}(y_t))$: the sequence ratio of GSPO.
+
+    Reference: Group Sequence Policy Optimization, https://arxiv.org/abs/2507.18071
+
+    >>> import torch
+    >>> logps = {"policy": torch.tensor([[-1.0, -2.0]]), "old": torch.tensor([[-1.5, -1.0]])}
+    >>> GeometricRatio().log_ratio(TokenBatch(mask=torch.ones(1, 2), logps=logps))
+    tensor([[-0.2500]])
+    """
+
+    @property
+    def sequence_level(self) -> bool:
+        """One ratio per sequence."""
+        return True
+
+    def log_ratio(self, batch: TokenBatch) -> Float[Tensor, "B 1"]:
+        """The mean over the tokens of each row."""
+        return masked_row_mean(self.token_log_ratio(batch), batch.loss_mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GSPOTokenRatio(Ratio):
+    r"""$\log s_t = \operatorname{sg}(\log s) + \log\pi(y_t) - \operatorname{sg}(\log\pi(y_t))$ with GSPO's $s$.
+
+    The value of `GeometricRatio` at every token, with the gradient of the token's own log-prob: for advantages per
+    token. Equal to `GeometricRatio` in value and gradient where all tokens of a sequence share one advantage.
+
+    Reference: Group Sequence Policy Optimization (section on GSPO-token), https://arxiv.org/abs/2507.18071
+
+    >>> import torch
+    >>> logps = {"policy": torch.tensor([[-1.0, -2.0]]), "old": torch.tensor([[-1.5, -1.0]])}
+    >>> GSPOTokenRatio().log_ratio(TokenBatch(mask=torch.ones(1, 2), logps=logps))
+    tensor([[-0.2500, -0.2500]])
+    """
+
+    def log_ratio(self, batch: TokenBatch) -> Float[Tensor, "B T"]:
+        """The sequence's value at each of its tokens."""
+        sequence = masked_row_mean(self.token_log_ratio(batch), batch.loss_mask).detach()  # sg(s): value only
+        logp = batch.logp("policy")
+        return sequence + logp - logp.detach()  # the token's gradient with value 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreClippedRatio(Ratio):
+    r"""Another ratio, clipped in log space: $\operatorname{clip}(\log r, \ln\min, \ln\max)$, as in StableReinforce.
+
+    Outside the bounds the gradient is 0. Bounds the loss of a negative advantage; the gradient just inside stays $r A$.
+
+    Args:
+        ratio: the ratio to clip.
+        min: lower bound of the ratio.
+        max: upper bound of the ratio.
+
+    Raises:
+        ConfigError: unless 0 < min < 1 < max.
+
+    Reference: R1-Reward (StableReinforce), https://arxiv.org/abs/2505.02835
+
+    >>> import torch
+    >>> logps = {"policy": torch.tensor([[-1.0, -1.0]]), "old": torch.tensor([[-20.0, -2.0]])}
+    >>> PreClippedRatio().log_ratio(TokenBatch(mask=torch.ones(1, 2), logps=logps))
+    tensor([[6.9078, 1.0000]])
+    """
+
+    against: str = field(init=False, default="old")  # that of `ratio`
+    ratio: Ratio = field(default_factory=TokenRatio)
+    min: float = 1e-3
+    max: float = 1e3
+
+    def __post_init__(self) -> None:
+        check_positive("PreClippedRatio.min", self.min)
+        check_range("PreClippedRatio.min", self.min, 0, 1)
+        check_range("PreClippedRatio.max", self.max, 1)
+        object.__setattr__(self, "against", self.ratio.against)
+
+    @property
+    def sequence_level(self) -> bool:
+        """As the ratio that is clipped."""
+        return self.ratio.sequence_level
+
+    @property
+    def inert_on_policy(self) -> tuple[str, ...]:
+        """The bounds, around a ratio of 1."""
+        own = ("the bounds of PreClippedRatio",) if self.against == "old" else ()
+        return super().inert_on_policy + own
+
+    def log_ratio(self, batch: TokenBatch) -> Float[Tensor, "B #T"]:
+        """The clipped log-ratio."""
+        return self.ratio.log_ratio(batch).clamp(math.log(self.min), math.log(self.max))

@@ -1,44 +1,48 @@
-"""Policy surrogates: how ratio and advantage become a loss."""
+"""What policy surrogates share: weights, ratio, clip metrics."""
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlstab.batch import Column, LogProbs, Requirement, TokenBatch
-from rlstab.errors import CompositionError
-from rlstab.losses._metrics import Metric
+from rlstab.errors import CompositionError, ConfigError
+from rlstab.losses._metrics import Max, Metric, Min, Sum, mask_like, masked_max
 from rlstab.losses._ratio import Ratio, TokenRatio
+from rlstab.losses._sampler_weight import SamplerCorrection
 from rlstab.losses._term import Loss, Term
-from rlstab.losses._weight import SamplerCorrection, Weight
+from rlstab.losses._weight import Weight
 
 
 @dataclass(frozen=True, kw_only=True)
 class Surrogate(Term):
-    """A policy-gradient loss, multiplied by its weights. An objective holds one per row source.
+    """A policy-gradient loss, multiplied by its weights. An objective holds one per row source. Abstract.
 
     Args:
-        ratio: the importance ratio.
         weights: detached factors, multiplied in their order.
+
+    Raises:
+        CompositionError: if two of the weights correct for the sampler.
     """
 
-    ratio: Ratio = field(default_factory=TokenRatio)
     weights: tuple[Weight, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", tuple(self.weights))
-        corrections = [type(w).__name__ for w in self.weights if isinstance(w, SamplerCorrection)]
-        if corrections and self.ratio.against == "sampler":
+        if len(self._corrections()) > 1:
             raise CompositionError(
-                f"{type(self).__name__}: the ratio is taken against the sampler, so {', '.join(corrections)} would count "
-                "the same mismatch twice: drop the weight, or take the ratio against 'old'"
+                f"{type(self).__name__}: {' and '.join(self._corrections())} would multiply the same mismatch ratio "
+                "twice: keep one (masks such as Veto and GeometricRejection go with it)"
             )
+
+    def _corrections(self) -> list[str]:
+        return [type(w).__name__ for w in self.weights if isinstance(w, SamplerCorrection)]
 
     @property
     def requires(self) -> frozenset[Requirement]:
-        """Advantages, the policy, and what ratio and weights read."""
+        """Advantages, the policy, and what the parts inside read."""
         return super().requires | {Column("advantages"), LogProbs("policy")}
 
     def loss(self, batch: TokenBatch) -> Loss:
@@ -52,12 +56,86 @@ class Surrogate(Term):
         return Loss(values, metrics)
 
     @abstractmethod
-    def surrogate(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Metric]]:
+    def surrogate(self, batch: TokenBatch) -> tuple[Float[Tensor, "B #T"], dict[str, Metric]]:
         """The unweighted loss and its metrics."""
 
 
-def clipped_surrogate(
-    ratio: Float[Tensor, "B T"], advantages: Float[Tensor, "B T"], *, low: float, high: float
-) -> Float[Tensor, "B T"]:
-    r"""$-\min(r A, \operatorname{clip}(r, 1 - \text{low}, 1 + \text{high}) A)$."""
-    return -torch.min(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+@dataclass(frozen=True, kw_only=True)
+class RatioSurrogate(Surrogate):
+    """A surrogate of the importance ratio between the policy and an earlier one. Abstract.
+
+    Args:
+        ratio: the importance ratio.
+        weights: detached factors, multiplied in their order.
+
+    Raises:
+        CompositionError: if the ratio is against the sampler and a weight corrects for the sampler once more.
+    """
+
+    ratio: Ratio = field(default_factory=TokenRatio)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self._corrections() and self.ratio.against == "sampler":
+            raise CompositionError(
+                f"{type(self).__name__}: the ratio is taken against the sampler, so {self._corrections()[0]} would "
+                "count the same mismatch twice: drop the weight, or take the ratio against 'old'"
+            )
+
+    def _token_ratio_only(self) -> None:
+        if self.ratio.sequence_level:
+            raise ConfigError(
+                f"{type(self).__name__}.ratio: expected a ratio per token (it is joined over the sequence here), got "
+                f"{type(self.ratio).__name__}: use TokenRatio"
+            )
+
+    @property
+    def inert_at_ratio_one(self) -> tuple[str, ...]:
+        """What does nothing while the ratio is 1, for a notice to the user."""
+        return ()
+
+    @property
+    def inert_on_policy(self) -> tuple[str, ...]:
+        """Bounds on a ratio to the old policy do nothing while that is the policy itself."""
+        return super().inert_on_policy + (self.inert_at_ratio_one if self.ratio.against == "old" else ())
+
+
+def clip_metrics(
+    ratio: Float[Tensor, "B #T"],
+    advantages: Float[Tensor, "B #T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    low: float,
+    high: float,
+) -> dict[str, Metric]:
+    """Where a clip stops the gradient: `ratio < low` at A < 0, `ratio > high` at A > 0.
+
+    `clip_low`, `clip_high` and `clip_region` (both) are shares of the tokens, or of the rows where there is one ratio
+    and one advantage per row; `clip_low_min` and `clip_high_max` are the smallest and largest share over the rows that
+    hold a token; `ratio_max` is the largest ratio.
+    """
+    ratio = ratio.detach()  # metrics hold no graph
+    below, rows = _per_row((ratio < low) & (advantages < 0), mask)
+    above, _ = _per_row((ratio > high) & (advantages > 0), mask)
+    total, below_total, above_total = rows.sum(), below.sum(), above.sum()
+    return {
+        "clip_low": Sum(below_total, total),
+        "clip_high": Sum(above_total, total),
+        "clip_region": Sum(below_total + above_total, total),
+        "clip_low_min": Min(torch.where(rows > 0, below / rows, torch.inf).amin()),
+        "clip_high_max": Max(torch.where(rows > 0, above / rows, -torch.inf).amax()),
+        "ratio_max": masked_max(ratio, mask_like(ratio, mask)),
+    }
+
+
+def clip_share(clipped: Bool[Tensor, "B #T"], mask: Bool[Tensor, "B T"]) -> Sum:
+    """The share of the tokens, or of the rows, that are clipped."""
+    counts, rows = _per_row(clipped, mask)
+    return Sum(counts.sum(), rows.sum())
+
+
+def _per_row(clipped: Bool[Tensor, "B #T"], mask: Bool[Tensor, "B T"]) -> tuple[Int[Tensor, "B"], Int[Tensor, "B"]]:
+    """How many values of each row are clipped, and how many there are."""
+    if clipped.shape == mask.shape:
+        return (clipped & mask).sum(-1), mask.sum(-1)
+    return clipped.sum(-1), torch.ones_like(clipped).sum(-1)

@@ -1,6 +1,5 @@
 """Terms: unreduced losses with a coefficient, a mean and a declaration of what they read."""
 
-import re
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from rlstab.errors import CompositionError, ConfigError
 from rlstab.losses._controllers import Controller
 from rlstab.losses._mean import Mean, MeanField
 from rlstab.losses._metrics import Metric
-from rlstab.losses._parts import Part
+from rlstab.losses._parts import Part, part_name
 
 if TYPE_CHECKING:
     from rlstab.losses._objective import Objective
@@ -80,4 +79,4 @@ def term_name(term: Term) -> str:
     >>> term_name(ReverseKL())
     'reverse_kl'
     """
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(term).__name__).lower()
+    return part_name(term)

@@ -1,0 +1,295 @@
+"""Surrogates that bound the importance ratio: PPO's clips, CISPO, SAPO, GMPO."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rlstab.batch import TokenBatch
+from rlstab.errors import ConfigError, ShapeError
+from rlstab.losses._checks import check_positive, check_range
+from rlstab.losses._mean import Mean, MeanField
+from rlstab.losses._metrics import Max, Metric, mask_like, masked_max
+from rlstab.losses._ratio import finite_logp, masked_row_mean, ratio_of
+from rlstab.losses._surrogate import RatioSurrogate, clip_metrics, clip_share
+
+
+def clipped_surrogate(
+    ratio: Float[Tensor, "B #T"],
+    advantages: Float[Tensor, "B #T"],
+    *,
+    low: float,
+    high: float,
+    dual: float | None = None,
+    cap: float | None = None,
+) -> Float[Tensor, "B #T"]:
+    r"""$-\min(r A, \operatorname{clip}(r, 1 - \text{low}, 1 + \text{high}) A)$; for $A < 0$ at most $\text{dual} |A|$.
+
+    >>> import torch
+    >>> clipped_surrogate(torch.tensor([[1.5, 0.5]]), torch.tensor([[1.0]]), low=0.2, high=0.28)
+    tensor([[-1.2800, -0.5000]])
+    """
+    clipped = ratio.clamp(1 - low, 1 + high)
+    if cap is not None:
+        ratio = ratio.clamp(max=cap)
+    gain = torch.min(ratio * advantages, clipped * advantages)
+    if dual is not None:
+        gain = torch.where(advantages < 0, torch.max(gain, dual * advantages), gain)
+    return -gain
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClippedSurrogate(RatioSurrogate):
+    r"""PPO's clipped surrogate: $-\min(r A, \operatorname{clip}(r, 1 - \text{low}, 1 + \text{high}) A)$.
+
+    The gradient is $-r A$, and 0 where the clip binds. It leaves a large $r$ at $A < 0$ alone: `dual` (the loss is at
+    most $c|A|$) or `cap` ($r \leftarrow \min(r, \delta)$ in the first branch) bounds it there, to the same effect. With
+    `GeometricRatio` this is GSPO.
+
+    Args:
+        low: how far below 1 the ratio counts, in [0, 1].
+        high: how far above 1 the ratio counts; DAPO ("clip higher") takes 0.28.
+        dual: $c > 1$ of dual clip, 3 in verl.
+        cap: $\delta$ of two-sided clip, 4 in INTELLECT-2.
+        ratio: the importance ratio.
+        weights: detached factors.
+
+    Metrics: `clip_low`, `clip_high`, `clip_region`, `clip_low_min`, `clip_high_max` (shares where the clip stops the
+    gradient), `ratio_max`; with `dual` also `clip_dual`.
+
+    Raises:
+        ConfigError: for bounds out of range, or both `dual` and `cap`.
+
+    Reference: Proximal Policy Optimization Algorithms, https://arxiv.org/abs/1707.06347; DAPO,
+    https://arxiv.org/abs/2503.14476; dual clip, https://arxiv.org/abs/1912.09729; INTELLECT-2,
+    https://arxiv.org/abs/2505.07291
+
+    >>> import torch
+    >>> logp = torch.tensor([[0.5, 0.9]]).log().requires_grad_()
+    >>> batch = TokenBatch(
+    ...     mask=torch.ones(1, 2),
+    ...     advantages=torch.ones(1),
+    ...     logps={"policy": logp, "old": torch.tensor([[0.5, 0.5]]).log()},
+    ... )
+    >>> ClippedSurrogate(low=0.2, high=0.28).loss(batch).values.detach()
+    tensor([[-1.0000, -1.2800]])
+    """
+
+    low: float = 0.2
+    high: float = 0.2
+    dual: float | None = None
+    cap: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("ClippedSurrogate.low", self.low, 0, 1)
+        check_range("ClippedSurrogate.high", self.high, 0)
+        if self.dual is not None and not self.dual > 1:
+            raise ConfigError(f"ClippedSurrogate.dual: expected a bound > 1 on the ratio, got {self.dual!r}")
+        if self.cap is not None:
+            check_positive("ClippedSurrogate.cap", self.cap)
+        if self.dual is not None and self.cap is not None:
+            raise ConfigError(
+                f"ClippedSurrogate: dual={self.dual} and cap={self.cap} both bound the ratio at negative advantages: "
+                "keep one"
+            )
+
+    @property
+    def inert_at_ratio_one(self) -> tuple[str, ...]:
+        """The clip."""
+        return ("the clip of ClippedSurrogate",)
+
+    def surrogate(self, batch: TokenBatch) -> tuple[Float[Tensor, "B #T"], dict[str, Metric]]:
+        """The clipped loss."""
+        ratio, advantages = ratio_of(self.ratio.log_ratio(batch)), batch.token_advantages()
+        loss = clipped_surrogate(ratio, advantages, low=self.low, high=self.high, dual=self.dual, cap=self.cap)
+        metrics = clip_metrics(ratio, advantages, batch.loss_mask, low=1 - self.low, high=1 + self.high)
+        if self.dual is not None:
+            metrics["clip_dual"] = clip_share((ratio.detach() > self.dual) & (advantages < 0), batch.loss_mask)
+        return loss, metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class CISPO(RatioSurrogate):
+    r"""REINFORCE with a clipped, detached ratio: $-\operatorname{sg}(\operatorname{clip}(r, \min, \max)) A \log\pi$.
+
+    Every token keeps a gradient: $-\operatorname{clip}(r) A$.
+
+    Mind the units: `max` is the largest ratio itself, as TRL's `epsilon_high` is for CISPO (5.0 in ScaleRL). verl and
+    slime write the same method with distances from 1: `clip_ratio_high=0.28` there is `max=1.28` here, and
+    `clip_ratio_low=0.2` is `min=0.8`. The paper has no lower bound.
+
+    Args:
+        max: largest ratio.
+        min: smallest ratio, or None.
+        ratio: the importance ratio.
+        weights: detached factors.
+
+    Metrics: as of `ClippedSurrogate`; `clip_high` counts ratios above `max` at A > 0.
+
+    Raises:
+        ConfigError: unless 0 <= min < max.
+
+    Reference: MiniMax-M1, https://arxiv.org/abs/2506.13585; The Art of Scaling Reinforcement Learning Compute for LLMs
+    (ScaleRL), https://arxiv.org/abs/2510.13786
+
+    >>> import torch
+    >>> logps = {"policy": torch.tensor([[0.9]]).log().requires_grad_(), "old": torch.tensor([[0.1]]).log()}
+    >>> batch = TokenBatch(mask=torch.ones(1, 1), advantages=torch.ones(1), logps=logps)
+    >>> CISPO(max=5.0).loss(batch).values.sum().backward(); logps["policy"].grad
+    tensor([[-5.]])
+    """
+
+    max: float = 5.0
+    min: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("CISPO.max", self.max)
+        if self.min is not None and not 0 <= self.min < self.max:
+            raise ConfigError(f"CISPO.min: expected a ratio in [0, max={self.max}), got {self.min!r}")
+
+    @property
+    def inert_at_ratio_one(self) -> tuple[str, ...]:
+        """The bounds, if 1 lies between them."""
+        return ("the clip of CISPO",) if (self.min or 0.0) <= 1 <= self.max else ()
+
+    def surrogate(self, batch: TokenBatch) -> tuple[Float[Tensor, "B T"], dict[str, Metric]]:
+        """The weighted log-probs."""
+        ratio = ratio_of(self.ratio.log_ratio(batch).detach())  # sg(r): a weight
+        advantages = batch.token_advantages()
+        loss = -ratio.clamp(self.min, self.max) * advantages * finite_logp(batch.logp("policy"))
+        return loss, clip_metrics(ratio, advantages, batch.loss_mask, low=self.min or 0.0, high=self.max)
+
+
+def sapo_surrogate(
+    ratio: Float[Tensor, "B #T"], advantages: Float[Tensor, "B #T"], *, tau_pos: float, tau_neg: float
+) -> Float[Tensor, "B #T"]:
+    r"""$-\frac{4}{\tau} \sigma(\tau (r - 1)) A$ with $\tau$ by the sign of $A$; its slope at $r = 1$ is always $-A$.
+
+    >>> import torch
+    >>> sapo_surrogate(torch.tensor([[1.0]]), torch.tensor([[1.0]]), tau_pos=1.0, tau_neg=1.05)
+    tensor([[-2.]])
+    """
+    tau = torch.where(advantages > 0, tau_pos, torch.full_like(advantages, tau_neg))
+    return -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantages
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAPO(RatioSurrogate):
+    r"""Soft adaptive policy optimization: a sigmoid gate instead of a clip, $-\frac{4}{\tau} \sigma(\tau (r - 1)) A$.
+
+    The gradient is $-4 \sigma (1 - \sigma) r A$: $-A$ at $r = 1$, fading on both sides, faster for a larger $\tau$.
+
+    Args:
+        tau_pos: $\tau$ where $A > 0$.
+        tau_neg: $\tau$ elsewhere.
+        ratio: the importance ratio.
+        weights: detached factors.
+
+    Metrics: `ratio_max`.
+
+    Raises:
+        ConfigError: if a temperature is not positive.
+
+    Reference: Soft Adaptive Policy Optimization, https://arxiv.org/abs/2511.20347
+
+    >>> import torch
+    >>> logp = torch.tensor([[-1.0]], requires_grad=True)
+    >>> batch = TokenBatch(mask=torch.ones(1, 1), advantages=torch.tensor([3.0]), logps={"policy": logp})
+    >>> SAPO().loss(batch).values.sum().backward(); logp.grad
+    tensor([[-3.]])
+    """
+
+    tau_pos: float = 1.0
+    tau_neg: float = 1.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("SAPO.tau_pos", self.tau_pos)
+        check_positive("SAPO.tau_neg", self.tau_neg)
+
+    @property
+    def inert_at_ratio_one(self) -> tuple[str, ...]:
+        """The gate: its slope there does not depend on the temperature."""
+        return ("the soft gate of SAPO",)
+
+    def surrogate(self, batch: TokenBatch) -> tuple[Float[Tensor, "B #T"], dict[str, Metric]]:
+        """The gated loss."""
+        ratio = ratio_of(self.ratio.log_ratio(batch))
+        loss = sapo_surrogate(ratio, batch.token_advantages(), tau_pos=self.tau_pos, tau_neg=self.tau_neg)
+        return loss, {"ratio_max": masked_max(ratio, mask_like(ratio, batch.loss_mask))}
+
+
+def gmpo_surrogate(
+    log_ratio: Float[Tensor, "B T"],
+    advantages: Float[Tensor, "B 1"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    low: float,
+    high: float,
+) -> Float[Tensor, "B 1"]:
+    r"""$-A \exp(\overline{c})$ with $c = \min(\log r, \text{high})$ for $A > 0$, else $c = \max(\log r, -\text{low})$.
+
+    >>> import torch
+    >>> mask = torch.tensor([[True, True]])
+    >>> gmpo_surrogate(torch.tensor([[0.9, 0.0]]), torch.ones(1, 1), mask, low=0.4, high=0.4)  # -exp(0.2)
+    tensor([[-1.2214]])
+    """
+    clipped = torch.where(advantages > 0, log_ratio.clamp(max=high), log_ratio.clamp(min=-low))
+    return -advantages * ratio_of(masked_row_mean(clipped, mask))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GMPO(RatioSurrogate):
+    r"""Geometric-mean policy optimization: $-A \exp(\frac{1}{|o|} \sum_t c_t)$, one loss per sequence.
+
+    The token log-ratios are clipped on one side: $c_t = \min(\log r_t, \text{high})$ for $A > 0$ and
+    $\max(\log r_t, -\text{low})$ for $A < 0$.
+
+    Args:
+        low: how far below 0 the log-ratio counts.
+        high: how far above 0 the log-ratio counts. Both are distances in log space: 0.4 is the paper's
+            $(e^{-0.4}, e^{0.4})$.
+        ratio: the importance ratio, per token.
+        weights: detached factors.
+
+    Metrics: as of `ClippedSurrogate`, of the token ratios.
+
+    Raises:
+        ConfigError: if a bound is negative, or the ratio has one value per sequence.
+        ShapeError: for advantages per token.
+
+    Reference: Geometric-Mean Policy Optimization, https://arxiv.org/abs/2507.20673
+
+    >>> import torch
+    >>> logp = torch.tensor([[-1.0, -1.0]], requires_grad=True)
+    >>> batch = TokenBatch(mask=torch.ones(1, 2), advantages=torch.ones(1), logps={"policy": logp})
+    >>> GMPO().loss(batch).values.sum().backward(); logp.grad
+    tensor([[-0.5000, -0.5000]])
+    """
+
+    mean: Mean = MeanField("sequence")  # type: ignore[assignment]
+    low: float = 0.4
+    high: float = 0.4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._token_ratio_only()
+        check_range("GMPO.low", self.low, 0)
+        check_range("GMPO.high", self.high, 0)
+
+    @property
+    def inert_at_ratio_one(self) -> tuple[str, ...]:
+        """The clip."""
+        return ("the clip of GMPO",)
+
+    def surrogate(self, batch: TokenBatch) -> tuple[Float[Tensor, "B 1"], dict[str, Metric]]:
+        """One loss per row."""
+        log_ratio, advantages = self.ratio.log_ratio(batch), batch.token_advantages()
+        if advantages.shape[-1] != 1:
+            raise ShapeError(f"GMPO: expected one advantage per row, got {list(advantages.shape)}")
+        loss = gmpo_surrogate(log_ratio, advantages, batch.loss_mask, low=self.low, high=self.high)
+        metrics = clip_metrics(log_ratio, advantages, batch.loss_mask, low=-self.low, high=self.high)
+        return loss, metrics | {"ratio_max": Max(ratio_of(metrics["ratio_max"].value()))}
