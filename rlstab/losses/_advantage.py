@@ -221,6 +221,9 @@ class GFPO(GroupAdvantage):
         eps: added to the standard deviation.
         ddof: 1 for the sample standard deviation, 0 for the population's.
 
+    Raises:
+        ConfigError: if `k` is below 1, or `metric` another word.
+
     Reference: Sample More to Think Less: Group Filtered Policy Optimization, https://arxiv.org/abs/2508.09726
 
     >>> import torch
@@ -260,6 +263,9 @@ class GPGAdvantage(GroupAdvantage):
     Args:
         norm: $F_\text{norm}$: `none` for 1, or `std` for the group's standard deviation plus 1e-4.
         correction: whether to apply $\alpha$.
+
+    Raises:
+        ConfigError: if `norm` is another word.
 
     Reference: GPG: A Simple and Strong Reinforcement Learning Baseline, https://arxiv.org/abs/2504.02546
 
@@ -394,6 +400,9 @@ class SigmaFilter(Advantage):
     Args:
         advantage: the advantage to filter.
         bound: how many standard deviations are kept.
+
+    Raises:
+        ConfigError: if `bound` is not above 0.
 
     Reference: R1-Reward, https://arxiv.org/abs/2505.02835
 

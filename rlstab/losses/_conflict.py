@@ -32,6 +32,9 @@ class ConflictMask(RolloutPart):
 
     Returns of `compute`: $\operatorname{sgn}(A_i)(F_{it} + K_{it})$, `[N, T]`.
 
+    Raises:
+        ConfigError: at the first batch, if the advantage differs from token to token.
+
     Reference: GTPO: Stabilizing Group Relative Policy Optimization via Gradient and Entropy Control,
     https://arxiv.org/abs/2508.03772
 
@@ -101,7 +104,10 @@ class ConflictWeight(Weight):
         overlap: `max` or `product`.
         mask: the rollout part that finds the conflicts.
 
-    Metrics: `conflict`, the share of tokens in conflict.
+    Metrics: `conflict_weight/conflict`, the share of tokens in conflict.
+
+    Raises:
+        ConfigError: if `positive` is not above 0, or `overlap` is another word.
 
     Reference: GTPO: Stabilizing Group Relative Policy Optimization via Gradient and Entropy Control,
     https://arxiv.org/abs/2508.03772
@@ -129,7 +135,9 @@ class ConflictWeight(Weight):
         """The weight of each token."""
         runs = batch.part(self.mask.key)
         positive = self.positive ** (runs if self.overlap == "product" else runs.clamp(max=1))
-        metrics: Mapping[str, Metric] = {"conflict": token_mean((runs != 0).to(runs.dtype), batch.loss_mask)}
+        metrics: Mapping[str, Metric] = {
+            "conflict_weight/conflict": token_mean((runs != 0).to(runs.dtype), batch.loss_mask)
+        }
         return Factor(torch.where(runs < 0, 0.0, positive), metrics)
 
 

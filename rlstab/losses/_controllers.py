@@ -71,8 +71,12 @@ class EntropyTarget(Controller):
     r"""Raise the coefficient by `delta` while the entropy is at or below `target`, else lower it; act only below.
 
     After each step with mean entropy $H$: $c \leftarrow \operatorname{clip}(c + \delta)$ if $H \le$ `target`, else
-    $\operatorname{clip}(c - \delta)$, within [`min`, `max`]; the coefficient applied is $c$ if $H \le$ `target`, else 0.
-    The first step applies `start`. Reads the metric `entropy` of the controlled term.
+    $\operatorname{clip}(c - \delta)$, within [`min`, `max`], starting from `start`; the coefficient applied in the next
+    step is $c$ if $H \le$ `target`, else 0. The first step, of which no entropy is known yet, applies 0. Reads the
+    metric `entropy` of the controlled term.
+
+    Raises:
+        ConfigError: if `start` is out of bounds, or the term has no such metric.
 
     Reference: Skywork Open Reasoner 1 technical report, https://arxiv.org/abs/2505.22312 (adaptive entropy control).
 
@@ -93,10 +97,14 @@ class EntropyTarget(Controller):
         if not self.min <= self.start <= self.max:
             raise ConfigError(f"EntropyTarget.start: expected a value in [{self.min}, {self.max}], got {self.start}")
         self._level = self.start
-        self._set(self.start)
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> None:
         """Move the level against the entropy of the step."""
+        if "entropy" not in metrics:
+            raise ConfigError(
+                f"EntropyTarget: its term reports no metric 'entropy' (it has {sorted(metrics)}): "
+                "use it as the coefficient of EntropyBonus"
+            )
         low = metrics["entropy"] <= self.target
         self._level = min(self._level + self.delta, self.max) if low else max(self._level - self.delta, self.min)
         self._set(self._level if low else 0.0)

@@ -43,6 +43,9 @@ class TopCovariance(StepStatistic):
 
     Returns of `compute`: `[N, T]`, true where a token is chosen.
 
+    Raises:
+        ConfigError: if `fraction` is not in (0, 1].
+
     Reference: The Entropy Mechanism of Reinforcement Learning for Reasoning Language Models,
     https://arxiv.org/abs/2505.22617
 
@@ -92,6 +95,9 @@ class KLCov(Term):
         over: `step`, which does not depend on how the step is split, or `micro_batch`, as in the released code.
 
     Metrics: `selected`, the share of tokens chosen.
+
+    Raises:
+        ConfigError: if `fraction` is not in (0, 1], or `over` is another word.
 
     Reference: The Entropy Mechanism of Reinforcement Learning for Reasoning Language Models,
     https://arxiv.org/abs/2505.22617

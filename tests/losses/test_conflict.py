@@ -69,7 +69,7 @@ def test_vector_of_the_whole_loss() -> None:
     torch.testing.assert_close(loss.detach(), double(expected["loss_mean_over_group"]))
     torch.testing.assert_close(logp.grad, double(expected["grad_mean_over_group"]))
     share = sum(expected["n_conflict_union"]) / batch.mask.sum()
-    torch.testing.assert_close(terms["policy"].metrics["conflict"].value(), share, check_dtype=False)
+    torch.testing.assert_close(terms["policy"].metrics["conflict_weight/conflict"].value(), share, check_dtype=False)
 
 
 def test_vector_of_the_overlap() -> None:

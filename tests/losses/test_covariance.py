@@ -119,7 +119,7 @@ def test_the_micro_batch_form_chooses_by_itself() -> None:
 
 
 def test_the_covariance_predicts_the_change_of_entropy() -> None:
-    """A natural policy-gradient step of size η changes a softmax policy's entropy by −η Cov(log π, A) in first order."""
+    """A natural policy-gradient step of size η changes a softmax policy's entropy by about −η Cov(log π, A)."""
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(6, generator=generator, dtype=torch.float64)
     advantages = torch.randn(6, generator=generator, dtype=torch.float64)

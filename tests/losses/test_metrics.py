@@ -1,0 +1,72 @@
+import pickle
+from functools import reduce
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlstab.losses import Hist, Max, Metric, Min, Sum, Total
+
+
+def values() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(12, 5, generator=generator), torch.rand(12, 5, generator=generator) < 0.7
+
+
+EDGES = (-1.0, 0.0, 1.0)
+
+
+def metric_of(kind: type[Metric], values: Tensor, mask: Tensor) -> Metric:
+    if kind is Sum:
+        return Sum((values * mask).sum(), mask.sum())
+    if kind is Total:
+        return Total(mask.sum())
+    if kind is Hist:
+        return Hist.of(values, mask, EDGES)
+    if kind is Max:
+        return Max(torch.where(mask, values, -torch.inf).max())
+    return Min(torch.where(mask, values, torch.inf).min())
+
+
+EXPECTED = {
+    Sum: lambda v: v.mean(),
+    Total: lambda v: torch.tensor(v.numel()),
+    Max: lambda v: v.max(),
+    Min: lambda v: v.min(),
+    Hist: lambda v: ((v < EDGES[0]) | (v >= EDGES[-1])).float().mean(),
+}
+
+
+@pytest.mark.parametrize("kind", list(EXPECTED))
+@pytest.mark.parametrize("sizes", [[12], [6, 6], [1] * 12, [10, 2]])
+def test_any_split_merges_to_the_whole(kind: type[Metric], sizes: list[int]) -> None:
+    numbers, mask = values()
+    parts = [metric_of(kind, v, m) for v, m in zip(numbers.split(sizes), mask.split(sizes), strict=True)]
+    merged = reduce(lambda a, b: a.merge(b), parts)
+    assert type(merged) is kind
+    torch.testing.assert_close(merged.value(), EXPECTED[kind](numbers[mask]))
+
+
+def test_what_was_never_counted_is_no_number() -> None:
+    assert Sum(torch.tensor(0.0), torch.tensor(0.0)).value().isnan()
+    assert Total(torch.tensor(0.0)).value() == 0
+
+
+@pytest.mark.parametrize("kind", [Max, Min])
+def test_nan_does_not_hide(kind: type[Max] | type[Min]) -> None:
+    nan, one = kind(torch.tensor(torch.nan)), kind(torch.tensor(1.0))
+    assert nan.merge(one).value().isnan()
+    assert one.merge(nan).value().isnan()
+
+
+def test_hist_counts_by_hand() -> None:
+    numbers = torch.tensor([-5.0, -1.0, -0.5, 0.0, 0.5, 1.0, 7.0, 3.0])
+    mask = torch.tensor([1, 1, 1, 1, 1, 1, 1, 0]).bool()
+    assert Hist.of(numbers, mask, EDGES).counts.tolist() == [1, 2, 2, 2]
+    assert Hist.of(numbers.double(), mask, EDGES).counts.sum() == mask.sum()
+
+
+@pytest.mark.parametrize("kind", list(EXPECTED))
+def test_metrics_travel_between_processes(kind: type[Metric]) -> None:
+    metric = metric_of(kind, *values())
+    torch.testing.assert_close(pickle.loads(pickle.dumps(metric)).value(), metric.value())

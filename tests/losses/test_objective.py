@@ -1,0 +1,200 @@
+import copy
+import pickle
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlstab.batch import Column, LogProbs, Requirement, TokenBatch
+from rlstab.errors import CompositionError, ConfigError
+from rlstab.losses import (
+    CISPO,
+    EntropyBonus,
+    EntropyTarget,
+    KLCov,
+    Linear,
+    Loss,
+    Objective,
+    Surrogate,
+    Term,
+    term_name,
+)
+from rlstab.losses import Sum as MetricSum
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reward(Surrogate):
+    def surrogate(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Any]]:
+        return -batch.token_advantages() * batch.logp("policy"), {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pull(Term):
+    power: int = 2
+
+    @property
+    def requires(self) -> frozenset[Requirement]:
+        return frozenset({LogProbs("policy"), LogProbs("initial")})
+
+    def loss(self, batch: TokenBatch) -> Loss:
+        distance = batch.logp("policy") - batch.logp("initial")
+        return Loss(distance**self.power, {"distance": MetricSum(distance.detach().sum(), batch.loss_mask.sum())})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imitate(Term):
+    rows: str = "demonstration"
+
+    def loss(self, batch: TokenBatch) -> Loss:
+        return Loss(-batch.logp("policy"), {})
+
+
+def batch_of(rows: int = 4, length: int = 3, **fields: Any) -> tuple[TokenBatch, Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    logp = torch.randn(rows, length, generator=generator, dtype=torch.float64).requires_grad_()
+    batch = TokenBatch(
+        mask=torch.arange(length) <= torch.arange(rows).unsqueeze(-1),
+        logps={"policy": logp, "initial": torch.randn(rows, length, generator=generator, dtype=torch.float64)},
+        advantages=torch.randn(rows, generator=generator, dtype=torch.float64),
+        **fields,
+    )
+    return batch, logp
+
+
+def gradient(objective: Objective) -> Tensor:
+    batch, logp = batch_of()
+    return torch.autograd.grad(objective(batch).loss, logp)[0]
+
+
+def test_an_objective_is_the_weighted_sum_of_its_terms() -> None:
+    batch, _ = batch_of()
+    objective = Objective(policy=Reward(), drift=0.1 * Pull().mean("sequence"))
+    loss, terms = objective(batch)
+    assert list(terms) == ["policy", "drift"]
+    torch.testing.assert_close(loss, terms["policy"].loss + 0.1 * terms["drift"].loss)
+    assert terms["drift"].weight == 0.1
+    assert not terms["policy"].loss.requires_grad
+    assert "distance" in terms["drift"].metrics
+
+
+def test_gradients_add() -> None:
+    first, second = Objective(policy=Reward()), Objective(drift=0.3 * Pull())
+    torch.testing.assert_close(gradient(first + second), gradient(first) + gradient(second))
+    torch.testing.assert_close(gradient(2.5 * (first + second)), 2.5 * gradient(first) + 2.5 * gradient(second))
+
+
+def test_addition_takes_names_from_classes_or_objectives() -> None:
+    joined = Reward() + 0.5 * Pull()
+    assert list(joined.terms) == ["reward", "pull"]
+    assert list((joined + KLCov()).terms) == ["reward", "pull", "kl_cov"]
+    assert list((Reward() + Objective(drift=Pull())).terms) == ["reward", "drift"]
+    assert joined == Objective(reward=Reward(), pull=0.5 * Pull())
+    assert Objective({"reward": Reward()}, pull=0.5 * Pull()) == joined
+
+
+@pytest.mark.parametrize(("term", "name"), [(KLCov(), "kl_cov"), (CISPO(), "cispo"), (EntropyBonus(), "entropy_bonus")])
+def test_names_are_snake_case(term: Term, name: str) -> None:
+    assert term_name(term) == name
+
+
+def test_multiplication_gives_copies() -> None:
+    term = Pull(coef=0.5)
+    assert (4 * term).coef == (term * 4).coef == 2.0
+    assert term.coef == 0.5
+    scaled = (Objective(drift=term) * 3).terms["drift"]
+    assert scaled.coef == 1.5
+
+
+def test_an_objective_requires_what_its_terms_require() -> None:
+    assert Objective(policy=Reward(), drift=Pull()).requires == {
+        Column("advantages"),
+        LogProbs("policy"),
+        LogProbs("initial"),
+    }
+    assert Objective(policy=Reward()).requires == {Column("advantages"), LogProbs("policy")}
+
+
+def test_each_row_source_has_its_own_batch_and_counts() -> None:
+    rollout, logp = batch_of(rows=4)
+    demonstration, demo_logp = batch_of(rows=2)
+    demonstration = demonstration.replace(rows="demonstration")
+    loss, terms = Objective(policy=Reward(), imitate=0.5 * Imitate())(rollout, demonstration)
+    loss.backward()
+    imitation = -demo_logp[demonstration.mask].mean()
+    torch.testing.assert_close(terms["imitate"].loss, imitation.detach())
+    torch.testing.assert_close(demo_logp.grad, -0.5 * demonstration.mask.double() / demonstration.mask.sum())
+    torch.testing.assert_close(logp.grad, -rollout.token_advantages() * rollout.mask / rollout.mask.sum())
+
+
+def test_a_term_without_its_rows_is_an_error() -> None:
+    batch, _ = batch_of()
+    with pytest.raises(ConfigError, match=r"'imitate' acts on 'demonstration' rows.*\['rollout'\]"):
+        Objective(imitate=Imitate())(batch)
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda: Objective(), ConfigError, "at least one term"),
+        (lambda: Objective(policy=0.5), ConfigError, r"objective\.terms\.policy: expected a term, got float"),
+        (lambda: Objective({"a": Pull()}, a=Pull()), CompositionError, r"\['a'\] are given twice"),
+        (lambda: Objective(a=Reward(), b=Reward()), CompositionError, "'a' and 'b' are both policy surrogates"),
+        (lambda: Pull() + Pull(power=4), CompositionError, r"class Pull.*Objective\(first="),
+        (lambda: Objective(a=Pull()) + Objective(a=Pull()), CompositionError, r"\['a'\]"),
+        (lambda: Pull() + Reward() + Pull(), CompositionError, r"\['pull'\]"),
+    ],
+)
+def test_refusals(build: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        build()
+
+
+def test_surrogates_on_different_rows_go_together() -> None:
+    objective = Objective(policy=Reward(), replay=Reward(rows="buffer"))
+    batch, _ = batch_of()
+    loss, terms = objective(batch, batch.replace(rows="buffer"))
+    torch.testing.assert_close(loss, 2 * terms["policy"].loss)
+
+
+def test_objectives_are_values() -> None:
+    objective = Objective(policy=Reward(), drift=0.1 * Pull().mean("sequence"))
+    assert copy.deepcopy(objective) == objective
+    assert pickle.loads(pickle.dumps(objective)) == objective
+    assert Objective(policy=Reward()) != objective
+
+
+def test_controllers_set_the_coefficient_and_are_saved() -> None:
+    def build() -> Objective:
+        return Objective(
+            policy=Reward(),
+            drift=Pull(coef=Linear(start=1.0, end=0.0, steps=4)),
+            calm=KLCov(coef=EntropyTarget(target=1.0)),
+        )
+
+    objective = build()
+    assert set(objective.controllers) == {"drift", "calm"}
+    objective.observe(1, {"calm": {"entropy": 0.5}})
+    batch, _ = batch_of()
+    batch = batch.replace(parts={KLCov().selection.key: torch.zeros_like(batch.mask)})
+    loss, terms = objective(batch)
+    assert float(terms["drift"].weight) == 0.75
+    torch.testing.assert_close(loss.detach(), terms["policy"].loss + 0.75 * terms["drift"].loss)
+
+    resumed = build()
+    resumed.load_state_dict(objective.state_dict())
+    assert resumed.state_dict() == objective.state_dict()
+    assert float(resumed.terms["drift"].weight) == 0.75
+    with pytest.raises(ConfigError, match=r"controllers of \['calm', 'drift'\].*at \[\]"):
+        Objective(policy=Reward()).load_state_dict(objective.state_dict())
+
+
+def test_the_loss_keeps_its_dtype_under_a_controller() -> None:
+    batch = TokenBatch(mask=torch.ones(1, 2), logps={"policy": torch.zeros(1, 2), "initial": torch.ones(1, 2)})
+    assert Objective(a=Pull(coef=Linear(start=0.5, end=0.5, steps=1)))(batch).loss.dtype == torch.float32
+
+
+def test_a_controller_cannot_be_multiplied() -> None:
+    with pytest.raises(ConfigError, match=r"Pull\.coef is a controller"):
+        _ = 2 * Pull(coef=Linear(start=1.0, end=0.0, steps=4))
