@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -98,7 +99,7 @@ def pass_at_k(*, samples: int, correct: int, k: int) -> float:
 
 
 def evaluate(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     prompts: Dataset,
@@ -117,7 +118,7 @@ def evaluate(
     the sampling temperature. Standard errors treat prompts as the independent units.
 
     Args:
-        model: the causal language model that samples; unwrapped, on any one device.
+        model: the causal language model that samples, with or without adapters; unwrapped, on any one device.
         tokenizer: encodes prompts, with its chat template where they are conversational; needs a padding token.
         task: scores the completions.
         prompts: rows of `task.prompts`, usually of the held-out split.
@@ -192,7 +193,7 @@ class _EntropyRecorder(LogitsProcessor):
 
 
 def _outcomes(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     rows: Mapping[str, list[Any]],
@@ -226,7 +227,7 @@ def _outcomes(
 
 @torch.no_grad()
 def _sample(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Any],
     sampling: GenerationConfig,

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rlstab.errors import ConfigError
@@ -262,6 +263,24 @@ def test_conversational_prompts_go_through_the_chat_template() -> None:
     assert found.entropy == expected.entropy
     assert [example.completion for example in found.examples] == [example.completion for example in expected.examples]
     assert [example.prompt for example in found.examples] == texts
+
+
+def test_adapters_take_part() -> None:
+    model, tokenizer = lively_model()
+    task = StartsWith()
+    adapted = get_peft_model(model, LoraConfig(target_modules=["v_proj"], r=2))
+
+    def entropy() -> float:
+        return evaluate(adapted, tokenizer, task, task.prompts(4), max_new_tokens=1).entropy.mean
+
+    with adapted.disable_adapter():
+        plain = entropy()
+    assert entropy() == pytest.approx(plain, rel=1e-5)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(1.0)
+    assert abs(entropy() - plain) > 1e-3
 
 
 @pytest.mark.parametrize("task", [SortDigits(), Countdown()], ids=repr)
