@@ -10,6 +10,7 @@ from rlstab.batch import Requirement, TokenBatch
 from rlstab.errors import CompositionError, ConfigError
 from rlstab.losses._controllers import Controller
 from rlstab.losses._metrics import Metric
+from rlstab.losses._parts import RolloutPart
 from rlstab.losses._surrogate import Surrogate
 from rlstab.losses._term import Term, term_name
 
@@ -38,10 +39,12 @@ class Objective:
 
     Args:
         terms: terms by name.
+        advantage: the advantage that belongs to the method: a trainer uses it where the user names none.
         **named: the same, as keywords.
 
     Raises:
-        CompositionError: if two surrogates act on the same rows, or a name is taken twice.
+        CompositionError: if two surrogates act on the same rows, a name is taken twice, or both sides of a sum bring an
+            advantage.
         ConfigError: if there is no term, or something that is not a term.
 
     >>> import torch
@@ -59,12 +62,16 @@ class Objective:
     """
 
     terms: dict[str, Term]
+    advantage: RolloutPart | None
 
-    def __init__(self, terms: Mapping[str, Term] | None = None, **named: Term) -> None:
+    def __init__(
+        self, terms: Mapping[str, Term] | None = None, *, advantage: RolloutPart | None = None, **named: Term
+    ) -> None:
         clash = sorted(set(terms or {}) & set(named))
         if clash:
             raise CompositionError(f"term names {clash} are given twice")
         object.__setattr__(self, "terms", {**(terms or {}), **named})
+        object.__setattr__(self, "advantage", advantage)
         self._check()
 
     def _check(self) -> None:
@@ -83,9 +90,13 @@ class Objective:
                     "each already is the whole policy gradient, keep one"
                 )
 
+    def with_advantage(self, advantage: RolloutPart | None) -> "Objective":
+        """A copy with another advantage, or none."""
+        return Objective(self.terms, advantage=advantage)
+
     @property
     def requires(self) -> frozenset[Requirement]:
-        """What all terms together read."""
+        """What all terms together read; the advantage, which runs before them, is not counted."""
         return frozenset(need for term in self.terms.values() for need in term.requires)
 
     def __call__(self, *batches: TokenBatch) -> ObjectiveLoss:
@@ -102,7 +113,7 @@ class Objective:
             batch = sources[term.rows]
             values, metrics = term.loss(batch)
             value = term.mean.reduce(values, batch)
-            weight = term.weight
+            weight = term.coefficient
             weighted = (weight.to(value.dtype) if isinstance(weight, Tensor) else weight) * value
             total = weighted if total is None else total + weighted
             reports[name] = TermReport(value.detach(), weight, metrics)
@@ -110,14 +121,23 @@ class Objective:
         return ObjectiveLoss(total, reports)
 
     def __add__(self, other: "Objective | Term") -> "Objective":
-        terms = {term_name(other): other} if isinstance(other, Term) else other.terms
-        clash = sorted(set(self.terms) & set(terms))
+        if isinstance(other, Term):
+            other = Objective({term_name(other): other})
+        clash = sorted(set(self.terms) & set(other.terms))
         if clash:
-            raise CompositionError(f"both sides have terms named {clash}: name them, as in Objective(first=..., second=...)")
-        return Objective({**self.terms, **terms})
+            raise CompositionError(
+                f"both sides have terms named {clash}: name them, as in Objective(first=..., second=...)"
+            )
+        advantages = {part for part in (self.advantage, other.advantage) if part is not None}
+        if len(advantages) > 1:
+            raise CompositionError(
+                f"both sides bring an advantage, {self.advantage} and {other.advantage}: keep one, as in "
+                "left.with_advantage(None) + right"
+            )
+        return Objective({**self.terms, **other.terms}, advantage=next(iter(advantages), None))
 
     def __mul__(self, factor: float) -> "Objective":
-        return Objective({name: factor * term for name, term in self.terms.items()})
+        return Objective({name: factor * term for name, term in self.terms.items()}, advantage=self.advantage)
 
     __rmul__ = __mul__
 
@@ -140,7 +160,7 @@ class Objective:
         controllers = self.controllers
         if set(state) != set(controllers):
             raise ConfigError(
-                f"the checkpoint holds controllers of {sorted(state)}, the objective has them at {sorted(controllers)}: "
+                f"the checkpoint holds controllers of {sorted(state)}, this objective at {sorted(controllers)}: "
                 "resume with the objective that was saved"
             )
         for name, controller in controllers.items():

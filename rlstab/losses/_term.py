@@ -10,7 +10,7 @@ from torch import Tensor
 from rlstab.batch import TokenBatch
 from rlstab.errors import CompositionError, ConfigError
 from rlstab.losses._controllers import Controller
-from rlstab.losses._mean import Mean, MeanField
+from rlstab.losses._mean import MeanField, TermMean
 from rlstab.losses._metrics import Metric
 from rlstab.losses._parts import Part, part_name
 
@@ -36,7 +36,7 @@ class Term(Part):
     """
 
     coef: float | Controller = 1.0
-    mean: Mean = MeanField()  # type: ignore[assignment]  # a descriptor: reads as a Mean, called it gives a copy
+    mean: TermMean = MeanField()  # reads as a Mean; called, it gives a copy of the term
     rows: str = "rollout"
 
     @abstractmethod
@@ -44,7 +44,7 @@ class Term(Part):
         """The unreduced loss and its metrics."""
 
     @property
-    def weight(self) -> float | Tensor:
+    def coefficient(self) -> float | Tensor:
         """The coefficient now."""
         return self.coef.value if isinstance(self.coef, Controller) else self.coef
 

@@ -1,0 +1,10 @@
+"""Trainers: TRL's, with a composable objective and the watcher's first signals. The only room that imports trl."""
+
+from rlstab.trainers._checkpoint import latest_checkpoint
+from rlstab.trainers._grpo import StableGRPOTrainer
+from rlstab.trainers._host import GRPOConfig
+from rlstab.trainers._progress import ProgressCallback
+from rlstab.trainers._recorder import RowListener
+from rlstab.trainers._signals import Signals
+
+__all__ = ["GRPOConfig", "ProgressCallback", "RowListener", "Signals", "StableGRPOTrainer", "latest_checkpoint"]

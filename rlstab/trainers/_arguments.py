@@ -1,0 +1,102 @@
+"""Who owns which argument, and what is refused before anything is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+from rlstab.batch import Requirement
+from rlstab.errors import ConfigError
+from rlstab.losses import Objective, Prepared, RolloutPart, StepStatistic, prepared_parts
+from rlstab.trainers._host import GRPOConfig
+
+__all__ = ["check_schedule", "is_on_policy", "notice_inert_parts", "refuse_host_loss_arguments"]
+
+logger = logging.getLogger("rlstab")
+
+OWNED_BY_OBJECTIVE: dict[str, str] = {
+    "loss_type": "the objective's surrogate, or a preset such as rlstab.losses.presets.dapo()",
+    "beta": "a term such as beta * ReverseKL(reference='initial') or KL(estimator='k3')",
+    "use_bias_correction_kl": "KL(estimator='k3', weight='differentiable')",
+    "epsilon": "ClippedSurrogate(low=...)",
+    "epsilon_high": "ClippedSurrogate(high=...) or CISPO(max=...)",
+    "delta": "ClippedSurrogate(cap=...)",
+    "importance_sampling_level": "ClippedSurrogate(ratio=GeometricRatio())",
+    "off_policy_mask_threshold": "weights=[OffPolicySequenceMask(delta=...)]",
+    "top_entropy_quantile": "weights=[TopEntropy(fraction=...)]",
+    "entropy_coef": "an EntropyBonus(coef=...) term",
+    "use_adaptive_entropy": "EntropyBonus(coef=EntropyTarget(...))",
+    "vllm_importance_sampling_correction": "weights=[TruncatedIS(max=...)] or [MaskedIS(max=...)], or none",
+    "vllm_importance_sampling_mode": "weights=[TruncatedIS(level=...)] or [MaskedIS(level=...)]",
+    "vllm_importance_sampling_clip_max": "weights=[TruncatedIS(max=...)]",
+    "vllm_importance_sampling_clip_min": "weights=[MaskedIS(min=...)]",
+    "sapo_temperature_pos": "SAPO(tau_pos=...)",
+    "sapo_temperature_neg": "SAPO(tau_neg=...)",
+    "vespo_k_pos": "VESPO(k_pos=...)",
+    "vespo_k_neg": "VESPO(k_neg=...)",
+    "vespo_lambda_pos": "VESPO(lambda_pos=...)",
+    "vespo_lambda_neg": "VESPO(lambda_neg=...)",
+}
+OWNED_BY_ADVANTAGE: dict[str, str] = {
+    "scale_rewards": "advantage=GroupNorm(), GroupCenter() or BatchStd()",
+    "multi_objective_aggregation": "an advantage of your own",
+}
+
+
+def refuse_host_loss_arguments(args: GRPOConfig, owned: dict[str, str], owner: str) -> None:
+    """Raise `ConfigError` for a host argument that was set although `owner` decides what it decides."""
+    defaults = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
+    for name, remedy in owned.items():
+        value = args.__dict__[name]
+        if value != defaults[name]:
+            raise ConfigError(
+                f"args.{name}={value!r} has no effect beside {owner}=...: leave it at {defaults[name]!r} and use {remedy}"
+            )
+
+
+def is_on_policy(args: GRPOConfig) -> bool:
+    """Whether every batch is used for one update only, made by the policy that sampled it."""
+    return args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) == 0
+
+
+def check_schedule(objective: Objective, args: GRPOConfig) -> None:
+    """Refuse what needs a whole optimizer step to be known at its start where the host generates inside it."""
+    accumulation, generation = args.gradient_accumulation_steps, args.steps_per_generation
+    if generation % accumulation == 0:
+        return
+    needing = [f"{name}.mean.over='step'" for name, term in objective.terms.items() if term.mean.over == "step"]
+    needing += [part.key for part in prepared_parts(objective.requires, StepStatistic)]
+    if needing:
+        raise ConfigError(
+            f"steps_per_generation={generation} is no multiple of gradient_accumulation_steps={accumulation}, so an "
+            f"optimizer step is not known when it starts, but {', '.join(needing)} need it: make it a multiple, or use "
+            "over='generation' or over='micro_batch'"
+        )
+
+
+def notice_inert_parts(objective: Objective, args: GRPOConfig) -> list[str]:
+    """Say which parts cannot act because each batch gets one update by the policy that sampled it."""
+    if not is_on_policy(args):
+        return []
+    inert = [f"{name}: {text}" for name, term in objective.terms.items() for text in term.inert_on_policy]
+    for text in inert:
+        logger.warning(
+            "%s is inert with one update per batch (policy = old): set num_iterations > 1 or steps_per_generation > "
+            "gradient_accumulation_steps",
+            text,
+        )
+    return inert
+
+
+def rollout_parts(requires: frozenset[Requirement], advantage: RolloutPart | None) -> list[Prepared]:
+    """What runs on a whole generation: the parts that terms require, then the advantage with what it requires."""
+    parts = {part.key: part for part in prepared_parts(requires, RolloutPart)}
+    if advantage is not None:
+        parts |= {part.key: part for part in prepared_parts([advantage.needed], RolloutPart)}
+    return list(parts.values())
+
+
+def describe(value: Any) -> str:
+    """A short name of a part for messages."""
+    return type(value).__name__

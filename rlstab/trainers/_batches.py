@@ -1,0 +1,129 @@
+"""From the host's dictionary of tensors to the `TokenBatch` that losses see."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlstab.batch import Count, TokenBatch
+
+__all__ = ["MODEL_KEYS", "completion_masks", "gather_batch", "model_inputs", "token_batch"]
+
+MODEL_KEYS = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+TEXT_KEYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+HOST_LOGPS = {
+    "old_per_token_logps": "old",
+    "sampling_per_token_logps": "sampler",
+    "rlstab_initial_logps": "initial",
+    "rlstab_moving_logps": "moving",
+}
+PART = "rlstab_part:"
+COLUMNS = ("advantages", "rewards", "group", "token_ids", "truncated")
+
+
+def completion_masks(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Real completion tokens, and those of them that the policy wrote (no tool output)."""
+    mask = inputs["completion_mask"].bool()
+    return mask, mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
+
+
+def model_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the host's scoring call: ids, attention, how many tokens to score, images."""
+    return {
+        "input_ids": torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+        "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+        "logits_to_keep": inputs["completion_ids"].size(1),
+        **{key: inputs[key] for key in MODEL_KEYS if key in inputs},
+    }
+
+
+def token_batch(
+    inputs: Mapping[str, Any],
+    *,
+    logps: Mapping[str, Tensor] | None = None,
+    vocab: Mapping[str, Tensor] | None = None,
+    counts: Mapping[str, Count] | None = None,
+) -> TokenBatch:
+    """The token batch of a host dictionary: what it carries, plus what was computed for this pass."""
+    mask, loss_mask = completion_masks(inputs)
+    carried = {source: inputs[key] for key, source in HOST_LOGPS.items() if key in inputs}
+    return TokenBatch(
+        mask=mask,
+        loss_mask=loss_mask,
+        logps={**carried, **(logps or {})},
+        advantages=inputs.get("advantages"),
+        rewards=inputs.get("rlstab_rewards"),
+        group=inputs.get("rlstab_group"),
+        truncated=inputs.get("rlstab_truncated"),
+        token_ids=inputs["completion_ids"],
+        vocab=vocab or {},
+        parts={key.removeprefix(PART): value for key, value in inputs.items() if key.startswith(PART)},
+        counts=counts or {},
+    )
+
+
+def gather_batch(batch: TokenBatch, accelerator: Any) -> TokenBatch:
+    """The rows of all ranks, in rank order, padded to the longest."""
+    if accelerator.num_processes == 1:
+        return batch
+
+    def rows(value: Tensor | None, pad: float = 0) -> Tensor | None:
+        if value is None or not value.dim():
+            return value
+        if value.dim() > 1:
+            value = accelerator.pad_across_processes(value.contiguous(), dim=1, pad_index=pad)
+        gathered: Tensor = accelerator.gather(value.contiguous())
+        return gathered
+
+    return batch.replace(
+        mask=rows(batch.mask.int()),
+        loss_mask=rows(batch.loss_mask.int()),
+        logps={k: rows(v) for k, v in batch.logps.items()},
+        vocab={k: rows(v) for k, v in batch.vocab.items()},
+        parts={k: rows(v) for k, v in batch.parts.items()},
+        **{k: rows(batch.__dict__[k]) for k in COLUMNS},
+        counts={},
+    )
+
+
+def own_rows(value: Tensor, accelerator: Any, rows: int, width: int) -> Tensor:
+    """This rank's part of a result over the rows of all ranks, cut back to its own width."""
+    if not value.dim():
+        return value
+    start = accelerator.process_index * rows
+    value = value[start : start + rows]
+    return value[:, :width].contiguous() if value.dim() > 1 else value.contiguous()
+
+
+def join(batches: list[TokenBatch]) -> TokenBatch:
+    """The rows of the micro-batches of one generation, which share their width, as one batch."""
+
+    def together(values: list[Tensor | None]) -> Tensor | None:
+        first = values[0]
+        if first is None or not first.dim():
+            return first
+        return torch.cat([value for value in values if value is not None])
+
+    first = batches[0]
+    return first.replace(
+        **{name: together([b.__dict__[name] for b in batches]) for name in ("mask", "loss_mask", *COLUMNS)},
+        **{
+            name: {key: together([b.__dict__[name][key] for b in batches]) for key in first.__dict__[name]}
+            for name in ("logps", "vocab", "parts")
+        },
+        counts={},
+    )

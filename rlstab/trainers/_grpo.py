@@ -1,0 +1,480 @@
+"""`StableGRPOTrainer`: TRL's GRPOTrainer with a composable objective."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from rlstab.batch import Count, LogProbs, Requirement, TokenBatch, VocabStat
+from rlstab.errors import ConfigError
+from rlstab.losses import (
+    Objective,
+    ObjectiveLoss,
+    RolloutPart,
+    StepStatistic,
+    Term,
+    Total,
+    prepared_parts,
+    presets,
+    term_name,
+    warn_overflow,
+)
+from rlstab.losses._metrics import token_mean
+from rlstab.record import RunFolder
+from rlstab.trainers import _arguments, _batches, _checkpoint, _host_metrics, _signals
+from rlstab.trainers._host import GRPOConfig, GRPOTrainer, RepeatSampler, disable_gradient_checkpointing
+from rlstab.trainers._log import StepLog, reduce_metrics
+from rlstab.trainers._recorder import Recorder
+from rlstab.trainers._references import References
+from rlstab.trainers._signals import Signals
+
+__all__ = ["StableGRPOTrainer"]
+
+logger = logging.getLogger("rlstab")
+
+OF_POLICY = {
+    "clip_low": "policy/clip_fraction_low",
+    "clip_high": "policy/clip_fraction_high",
+    "ratio_max": "policy/ratio_max",
+}
+SUPPLIED_SOURCES = {"policy", "old", "sampler", "initial", "moving"}
+
+
+class StableGRPOTrainer(GRPOTrainer):
+    """A drop-in for `trl.GRPOTrainer` whose loss is an `Objective`.
+
+    Without an objective it trains the host's own loss, as `args` describes it. With one, the host's loss arguments must
+    be at their defaults: what they did is a part of the objective. Everything else (generation, rewards, tools, images,
+    PEFT, accumulation, evaluation, checkpoints) stays the host's; resuming from a checkpoint follows the same
+    trajectory as a run without a stop.
+
+    Args:
+        model: the policy, or its path. The source `initial` is the policy as passed here.
+        reward_funcs: as for the host.
+        args: as for the host.
+        objective: the loss; a single term will do. Default: the host's loss.
+        advantage: rollout part that turns rewards into advantages. Default: the objective's own, else the host's.
+        signals: what is measured beside the loss, or None for nothing. Default: `Signals()`.
+        run: run folder to write metrics, sampled completions and events into.
+        **host: every other argument of the host (`train_dataset`, `processing_class`, `peft_config`, ...).
+
+    Raises:
+        ConfigError: for what the objective cannot honour, with the reason and the remedy.
+
+    Example:
+        ```python
+        trainer = StableGRPOTrainer(
+            "Qwen/Qwen3-0.6B",
+            reward_funcs=reward,
+            args=GRPOConfig(output_dir="runs/a"),
+            train_dataset=prompts,
+            objective=Objective(
+                policy=ClippedSurrogate(low=0.2, high=0.28, weights=[TruncatedIS(max=2.0)]),
+                drift=0.05 * JensenShannon(reference="initial"),
+            ),
+        )
+        trainer.train()
+        ```
+    """
+
+    _tag_names = ["trl", "grpo", "rlstab"]
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        reward_funcs: Any = None,
+        args: GRPOConfig | None = None,
+        *,
+        objective: Objective | Term | None = None,
+        advantage: RolloutPart | None = None,
+        signals: Signals | None = Signals(),  # noqa: B008  # frozen
+        run: RunFolder | None = None,
+        **host: Any,
+    ) -> None:
+        args = args if args is not None else GRPOConfig(_default_output_dir(model))
+        self.signals = signals or _signals.OFF
+        self.objective, self.advantage = _resolve(objective, advantage, args)
+        self._needs = self._all_requirements()
+        _arguments.check_schedule(self.objective, args)
+        peft = host.get("peft_config") is not None or is_peft_model(model)
+        self._references = References(self._reference_sources(args, peft), model, peft=peft)
+        copy_adapter = peft and bool(self._references.sources)
+        with _host_loss_arguments(args, beta=1.0 if copy_adapter else 0.0, ours=objective is not None):
+            super().__init__(model, reward_funcs, args, **host)
+        self.beta = 0.0
+        self._references.prepare(self, model)
+        self._check_supply()
+        if objective is not None:
+            _arguments.notice_inert_parts(self.objective, args)
+        self._host_keys = _host_metrics.host_keys(self.objective)
+        self._log_of_step = StepLog(self.accelerator)
+        self._recorder = Recorder(self, run)
+        self._mismatch = _signals.Mismatch(self.accelerator)
+        self._drift = _signals.Drift(self, self._references, self.signals)
+        self._step_count: Count | None = None
+        self._reward_matrix: Tensor | None = None
+        self._truncated: Tensor | None = None
+        self._sampler: Any = None
+        self._sampler_start: Tensor | None = None
+        self.add_callback(self._recorder)
+        self.add_callback(_EpochStart(self))
+
+    def _all_requirements(self) -> frozenset[Requirement]:
+        needs = self.objective.requires
+        if self.advantage is not None:
+            needs |= {self.advantage.needed}
+        parts = prepared_parts(needs, RolloutPart) + prepared_parts(needs, StepStatistic)
+        return needs | {need for part in parts for need in part.requires}
+
+    def _reference_sources(self, args: GRPOConfig, peft: bool) -> set[str]:
+        sources = {need.source for need in self._needs if isinstance(need, LogProbs)}
+        unknown = sorted(sources - SUPPLIED_SOURCES)
+        if unknown:
+            raise ConfigError(
+                f"the objective reads log-probs of {unknown}, which this trainer does not supply: expected among "
+                f"{sorted(SUPPLIED_SOURCES)}"
+            )
+        if "moving" in sources and not args.sync_ref_model:
+            raise ConfigError(
+                "a term compares with the reference 'moving', but args.sync_ref_model=False leaves it where it starts: "
+                "set sync_ref_model=True (with ref_model_sync_steps and ref_model_mixup_alpha), or use 'initial'"
+            )
+        if "moving" in sources and peft:
+            raise ConfigError(
+                "the reference 'moving' needs a copy of the whole policy, which a PEFT run does not keep: use 'initial' "
+                "(the adapter switched off), or train all weights"
+            )
+        if self.signals.drift:
+            sources |= {"initial"}
+        return sources & {"initial", "moving"}
+
+    def _check_supply(self) -> None:
+        needs_sampler = LogProbs("sampler") in self._needs
+        if needs_sampler and not self.use_vllm and self.rollout_func is None:
+            raise ConfigError(
+                "the objective reads the sampler's log-probs, but generation with transformers returns none: set "
+                "use_vllm=True, pass a rollout_func that returns 'logprobs', or drop the part that needs them"
+            )
+
+    # ------------------------------------------------------------------ phase 1: a whole generation
+
+    def _calculate_rewards(
+        self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
+    ) -> Tensor:
+        rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._reward_matrix = rewards
+        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        self._truncated = torch.tensor(
+            [not ids or ids[-1] not in ends for ids in completion_ids_list], device=rewards.device
+        )
+        return rewards
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        rows = output["completion_ids"].size(0)
+        training = self.model.training
+        size = self.num_generations if training else self.num_generations_eval
+        ids = torch.arange(rows * self.accelerator.num_processes, device=self.accelerator.device) // size
+        output["rlstab_group"] = _batches.own_rows(ids, self.accelerator, rows, 0)
+        output["rlstab_rewards"] = _batches.own_rows(self._total_rewards(), self.accelerator, rows, 0)
+        output["rlstab_truncated"] = self._truncated
+        with torch.no_grad(), self._without_checkpointing():
+            for source in sorted(self._term_references()):
+                output[f"rlstab_{source}_logps"] = self._score_reference(source, output)
+            self._run_rollout_parts(output)
+        if training:
+            self._recorder.on_rollouts(inputs, output)
+        return output
+
+    def _total_rewards(self) -> Tensor:
+        assert self._reward_matrix is not None
+        rewards = (self._reward_matrix * self.reward_weights.to(self._reward_matrix.device)).nansum(dim=1)
+        return torch.where(self._reward_matrix.isnan().all(dim=1), torch.nan, rewards)
+
+    def _term_references(self) -> set[str]:
+        sources = {need.source for need in self._needs if isinstance(need, LogProbs)}
+        return sources & self._references.sources
+
+    def _score_reference(self, source: str, inputs: Mapping[str, Any]) -> Tensor:
+        args = self.args
+        chunk = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
+        with self._references.use(source, self.model, self.accelerator) as reference:
+            logps: Tensor = self._get_per_token_logps_and_entropies(
+                reference, **_batches.model_inputs(inputs), batch_size=chunk
+            )[0]
+        return logps
+
+    def _run_rollout_parts(self, output: dict[str, Any]) -> None:
+        parts = _arguments.rollout_parts(self._needs, self.advantage)
+        if not parts:
+            return
+        needs = {need for part in parts for need in part.requires}
+        if LogProbs("old") in needs and "old_per_token_logps" not in output:
+            needs.add(LogProbs("policy"))
+        rows, width = output["completion_ids"].shape
+        whole = _batches.gather_batch(
+            _batches.token_batch(output, **self._detached_pass(output, needs)), self.accelerator
+        )
+        for part in parts:
+            result = part.compute(whole).detach()
+            whole = whole.replace(parts={**whole.parts, part.key: result})
+            output[_batches.PART + part.key] = _batches.own_rows(result, self.accelerator, rows, width)
+        if self.advantage is not None:
+            advantages = output.pop(_batches.PART + self.advantage.key)
+            output["advantages"] = advantages
+            self._log_advantages(whole.part(self.advantage.key), whole.loss_mask)
+
+    def _log_advantages(self, advantages: Tensor, mask: Tensor) -> None:
+        if advantages.dim() == 2:
+            advantages = (advantages * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+        logged = self._logs["advantages"]
+        for _ in range(min(len(logged), advantages.numel())):
+            logged.pop()
+        logged.extend(advantages.tolist())
+
+    # ------------------------------------------------------------------ phase 2: a whole optimizer step
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
+        if not self.model.training:
+            return inputs
+        accumulation = self.args.gradient_accumulation_steps
+        if self._step % accumulation == 0 and self.args.steps_per_generation % accumulation == 0:
+            first = self._step % self.args.steps_per_generation
+            self._open_step(self._buffered_inputs[first : first + accumulation])
+        return inputs
+
+    def _open_step(self, window: list[dict[str, Any]]) -> None:
+        tokens = torch.stack([_batches.completion_masks(batch)[1].sum() for batch in window]).sum()
+        if self.accelerator.num_processes > 1:
+            tokens = self.accelerator.reduce(tokens, reduction="sum")
+        rows = sum(batch["completion_ids"].size(0) for batch in window)
+        self._step_count = Count(tokens=tokens / self.accelerator.num_processes, sequences=float(rows))
+        statistics = prepared_parts(self._needs, StepStatistic)
+        if statistics:
+            self._run_step_statistics(window, statistics)
+
+    def _run_step_statistics(self, window: list[dict[str, Any]], statistics: list[Any]) -> None:
+        needs = {need for part in statistics for need in part.requires}
+        batches = [_batches.token_batch(inputs, **self._detached_pass(inputs, needs)) for inputs in window]
+        whole = _batches.gather_batch(_batches.join(batches), self.accelerator)
+        rows, width = sum(b.mask.shape[0] for b in batches), batches[0].mask.shape[1]
+        for part in statistics:
+            result = part.compute(whole).detach()
+            whole = whole.replace(parts={**whole.parts, part.key: result})
+            own = _batches.own_rows(result, self.accelerator, rows, width)
+            start = 0
+            for inputs in window:
+                size = inputs["completion_ids"].size(0)
+                inputs[_batches.PART + part.key] = own[start : start + size] if own.dim() else own
+                start += size
+
+    def _detached_pass(self, inputs: Mapping[str, Any], needs: set[Requirement]) -> dict[str, Any]:
+        if not needs & {LogProbs("policy"), VocabStat("entropy")}:
+            return {}
+        chunk = self.args.per_device_train_batch_size
+        with torch.no_grad(), self._without_checkpointing():
+            logps, entropies, _ = self._get_per_token_logps_and_entropies(
+                self.model, **_batches.model_inputs(inputs), batch_size=chunk, compute_entropy=True
+            )
+        return {"logps": {"policy": logps}, "vocab": {"entropy": entropies}}
+
+    def _without_checkpointing(self) -> Any:
+        return disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+
+    # ------------------------------------------------------------------ phase 3: a micro-batch
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(
+            model, **_batches.model_inputs(inputs), compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
+        )
+        batch = _batches.token_batch(
+            inputs, logps={"policy": logps}, vocab={"entropy": entropies}, counts=self._counts(inputs)
+        )
+        result = self.objective(batch)
+        loss = result.loss
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * aux_loss / self._accumulation()
+            self._host_log("aux_loss", self.accelerator.gather_for_metrics(aux_loss.detach()).mean().item())
+        self._log_host_metrics(result, batch)
+        if self.model.training:
+            self._measure(result, batch)
+        return loss
+
+    def _accumulation(self) -> float:
+        return float(self.current_gradient_accumulation_steps) if self.model.training else 1.0
+
+    def _counts(self, inputs: Mapping[str, Any]) -> dict[str, Count]:
+        _, loss_mask = _batches.completion_masks(inputs)
+        rows, accumulation = loss_mask.size(0), self._accumulation()
+        ranks = self.accelerator.num_processes
+        generation = self.args.steps_per_generation if self.model.training else 1
+        of_generation = inputs["num_items_in_batch"].clamp(min=1) / ranks * accumulation / generation
+        counts = {
+            "micro_batch": Count(loss_mask.sum().clamp(min=1) * accumulation, rows * accumulation),
+            "generation": Count(of_generation, rows * accumulation),
+        }
+        if not self.model.training:
+            counts["step"] = counts["generation"]
+        elif self._step_count is not None:
+            counts["step"] = self._step_count
+        return counts
+
+    def _measure(self, result: ObjectiveLoss, batch: TokenBatch) -> None:
+        ranks = self.accelerator.num_processes
+        self._log_of_step.add({"objective/loss": Total(result.loss.detach() / ranks)})
+        for name, report in result.terms.items():
+            self._log_of_step.add({"loss": Total(report.loss / ranks), **report.metrics}, prefix=f"objective/{name}/")
+            self._log_of_step.add({ours: report.metrics[key] for key, ours in OF_POLICY.items() if key in report.metrics})
+        entropy = token_mean(batch.statistic("entropy"), batch.loss_mask)
+        self._log_of_step.add({"policy/entropy": entropy})
+        if self.signals.mismatch and "sampler" in batch.logps:
+            self._mismatch.add(batch)
+
+    def _host_log(self, key: str, value: float) -> None:
+        self._metrics["train" if self.model.training else "eval"][key].append(value)
+
+    def _log_host_metrics(self, result: ObjectiveLoss, batch: TokenBatch) -> None:
+        metrics = _host_metrics.host_metrics(self._host_keys, result, batch)
+        for key, value in reduce_metrics(metrics, self.accelerator).items():
+            self._host_log(key, value)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """One micro-batch, as the host does it; the last of a step also closes the step's measurements."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self._close_step()
+        return loss
+
+    def _close_step(self) -> None:
+        values = self._log_of_step.collect()
+        step = self.state.global_step + 1
+        by_term: dict[str, dict[str, float]] = {}
+        for name, term in self.objective.terms.items():
+            prefix = f"objective/{name}/"
+            by_term[name] = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
+            values[f"{prefix}weight"] = float(term.coefficient)
+            warn_overflow(name, by_term[name])
+        values |= self._mismatch.collect()
+        if self.signals.drift and (step - 1) % self.signals.drift_every == 0:
+            values |= self._drift.measure(self._buffered_inputs[(self._step - 1) % self.args.steps_per_generation])
+        self.objective.observe(step, by_term)
+        self._recorder.close_step(values)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._recorder.grad_norm = norm
+        return norm
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        self._sampler = super()._get_train_sampler(dataset)
+        return self._sampler
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        _checkpoint.save_state(folder, self.accelerator.process_index, self._trainer_state())
+
+    def _trainer_state(self) -> _checkpoint.TrainerState:
+        tensors = {
+            f"moving/{name}": value for name, value in self._references.state_dict(self.accelerator).items()
+        }
+        if self._sampler_start is not None:
+            tensors |= {"sampler/epoch_start": self._sampler_start, "sampler/now": self._sampler.generator.get_state()}
+        return _checkpoint.TrainerState(
+            values={
+                "ranks": self.accelerator.num_processes,
+                "micro_step": self._step,
+                "total_train_tokens": self._total_train_tokens,
+                "objective": self.objective.state_dict(),
+                "metrics": {key: list(values) for key, values in self._metrics["train"].items()},
+                "recorder": self._recorder.state_dict(),
+            },
+            buffer=self._buffered_inputs,
+            tensors=tensors,
+        )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        state = _checkpoint.load_state(checkpoint, self.accelerator.process_index, self.accelerator.device)
+        if state is None:
+            logger.warning(
+                "%s was not written by StableGRPOTrainer: the rollouts in use and the controllers start anew", checkpoint
+            )
+            return
+        if state.values["ranks"] != self.accelerator.num_processes:
+            raise ConfigError(
+                f"{checkpoint} was written by {state.values['ranks']} processes and is resumed by "
+                f"{self.accelerator.num_processes}: the rollouts in use cannot be dealt out anew, resume with as many"
+            )
+        self._step = state.values["micro_step"]
+        self._total_train_tokens = state.values["total_train_tokens"]
+        self._buffered_inputs = state.buffer
+        self.objective.load_state_dict(state.values["objective"])
+        self._recorder.load_state_dict(state.values["recorder"])
+        for key, values in state.values["metrics"].items():
+            self._metrics["train"][key] = list(values)
+        moving = {k.removeprefix("moving/"): v for k, v in state.tensors.items() if k.startswith("moving/")}
+        self._references.load_state_dict(moving, self.accelerator)
+        if "sampler/now" in state.tensors:
+            ended = float(self.state.epoch).is_integer()
+            self._sampler.generator.set_state(state.tensors["sampler/now" if ended else "sampler/epoch_start"])
+
+
+class _EpochStart(TrainerCallback):
+    """Notes the state of the data sampler when an epoch starts: a resume within the epoch draws the same order."""
+
+    def __init__(self, trainer: StableGRPOTrainer) -> None:
+        self._trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The sampler draws the epoch's order after this call."""
+        sampler = self._trainer._sampler
+        if isinstance(sampler, RepeatSampler) and sampler.shuffle:
+            self._trainer._sampler_start = sampler.generator.get_state()
+
+
+@contextmanager
+def _host_loss_arguments(args: GRPOConfig, *, beta: float, ours: bool) -> Iterator[None]:
+    """While the host is built, the arguments whose work rlstab does itself: references and the sampler correction."""
+    changes: dict[str, Any] = {"beta": beta, "sync_ref_model": False}
+    if ours:
+        changes["vllm_importance_sampling_correction"] = False
+    before = {name: args.__dict__[name] for name in changes}
+    args.__dict__.update(changes)
+    try:
+        yield
+    finally:
+        args.__dict__.update(before)
+
+
+def _default_output_dir(model: str | nn.Module) -> str:
+    name = model if isinstance(model, str) else str(model.config._name_or_path)
+    return f"{name.split('/')[-1]}-GRPO"
+
+
+def _resolve(
+    objective: Objective | Term | None, advantage: RolloutPart | None, args: GRPOConfig
+) -> tuple[Objective, RolloutPart | None]:
+    if isinstance(objective, Term):
+        objective = Objective({term_name(objective): objective})
+    if objective is None:
+        objective = presets.from_config(args)
+    else:
+        _arguments.refuse_host_loss_arguments(args, _arguments.OWNED_BY_OBJECTIVE, "objective")
+    advantage = advantage if advantage is not None else objective.advantage
+    if advantage is not None:
+        _arguments.refuse_host_loss_arguments(args, _arguments.OWNED_BY_ADVANTAGE, "advantage")
+    return objective, advantage

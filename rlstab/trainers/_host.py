@@ -1,0 +1,78 @@
+"""Every host symbol that rlstab relies on, checked when `rlstab.trainers` is imported."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import trl
+from packaging.version import Version
+from trl import GRPOConfig, GRPOTrainer
+from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.callbacks import SyncRefModelCallback
+from trl.trainer.utils import (
+    RepeatSampler,
+    add_fused_lm_head,
+    create_model_from_path,
+    disable_dropout_in_model,
+    use_adapter,
+)
+
+from rlstab.errors import HostError
+
+__all__ = [
+    "GRPOConfig",
+    "GRPOTrainer",
+    "RepeatSampler",
+    "SyncRefModelCallback",
+    "add_fused_lm_head",
+    "check_host",
+    "create_model_from_path",
+    "disable_dropout_in_model",
+    "disable_gradient_checkpointing",
+    "prepare_deepspeed",
+    "prepare_fsdp",
+    "use_adapter",
+]
+
+SUPPORTED = (Version("1.16"), Version("1.17"))
+
+SEAMS: dict[str, tuple[str, ...]] = {
+    "_compute_loss": ("model", "inputs"),
+    "_prepare_inputs": ("generation_batch",),
+    "_generate_and_score_completions": ("inputs",),
+    "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
+    "_get_per_token_logps_and_entropies": ("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"),
+    "_get_grad_norm": ("model", "grad_norm"),
+    "_get_train_sampler": ("dataset",),
+    "_load_optimizer_and_scheduler": ("checkpoint",),
+    "_save_checkpoint": ("model", "trial"),
+    "training_step": ("model", "inputs", "num_items_in_batch"),
+}
+
+
+def check_host(version: str = trl.__version__, trainer: type[Any] = GRPOTrainer) -> None:
+    """Raise `HostError` unless TRL is a tested version and its trainer has every seam that rlstab overrides.
+
+    >>> check_host("1.15.0")
+    Traceback (most recent call last):
+    ...
+    rlstab.errors.HostError: trl 1.15.0 is installed, rlstab needs trl >= 1.16, < 1.17: pip install 'trl>=1.16,<1.17'
+    """
+    low, high = SUPPORTED
+    if not low <= Version(version) < high:
+        raise HostError(
+            f"trl {version} is installed, rlstab needs trl >= {low}, < {high}: pip install 'trl>={low},<{high}'"
+        )
+    for name, parameters in SEAMS.items():
+        method = inspect.getattr_static(trainer, name, None)
+        if method is None and not any(name in vars(base) for base in trainer.__mro__):
+            raise HostError(f"trl {version}: {trainer.__name__} has no method {name!r}, which rlstab overrides")
+        found = inspect.signature(method.__wrapped__ if "__wrapped__" in vars(method) else method).parameters
+        missing = [parameter for parameter in parameters if parameter not in found]
+        if missing:
+            raise HostError(f"trl {version}: {trainer.__name__}.{name} lacks the parameters {missing}")
+
+
+check_host()

@@ -1,0 +1,120 @@
+"""Writes what each optimizer step measured: to the host's logs, to the run folder, and to whoever listens."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import TrainerCallback
+
+from rlstab.record import RunFolder
+
+__all__ = ["Recorder", "RowListener"]
+
+logger = logging.getLogger("rlstab")
+
+HOST_KEYS = {
+    "reward": "train/reward",
+    "reward_std": "train/reward_std",
+    "frac_reward_zero_std": "train/frac_reward_zero_std",
+    "completions/mean_length": "completions/mean_length",
+    "completions/clipped_ratio": "completions/clipped_ratio",
+}
+SAMPLES_PER_GENERATION = 4
+
+
+class RowListener(ABC):
+    """Something that is told every optimizer step's numbers as soon as they are known."""
+
+    @abstractmethod
+    def on_row(self, step: int, values: Mapping[str, float]) -> None:
+        """Take the values of optimizer step `step`, by schema key."""
+
+
+class Recorder(TrainerCallback):
+    """Gathers one row of numbers per optimizer step and hands it on. Only the main process writes files."""
+
+    def __init__(self, trainer: Any, run: RunFolder | None) -> None:
+        self._trainer = trainer
+        self._run = run if trainer.accelerator.is_main_process else None
+        self._row: dict[str, float] = {}
+        self._rollouts: dict[str, float] = {}
+        self._started = time.perf_counter()
+        self._learning_rate: float | None = None
+        self.grad_norm: float | Tensor | None = None
+
+    def on_rollouts(self, inputs: list[dict[str, Any]], output: Mapping[str, Any]) -> None:
+        """Keep the statistics of a new generation, and a few of its completions."""
+        logged = self._trainer._metrics["train"]
+        self._rollouts = {ours: logged[host][-1] for host, ours in HOST_KEYS.items() if logged.get(host)}
+        self._rollouts |= {key: values[-1] for key, values in logged.items() if key.startswith("rewards/") and values}
+        if self._run is None:
+            return
+        logs, start = self._trainer._logs, -len(inputs) * self._trainer.accelerator.num_processes
+        prompts, completions = list(logs["prompt"])[start:], list(logs["completion"])[start:]
+        advantages = list(logs["advantages"])[start:]
+        rewards = {name: list(values)[start:] for name, values in logs["rewards"].items()}
+        rows = [
+            {
+                "prompt": prompts[i],
+                "completion": completions[i],
+                "advantage": advantages[i],
+                "rewards": {name: values[i] for name, values in rewards.items()},
+            }
+            for i in range(min(SAMPLES_PER_GENERATION, len(prompts)))
+        ]
+        self._run.append_rollouts(self._trainer.state.global_step + 1, rows)
+
+    def close_step(self, values: Mapping[str, float]) -> None:
+        """Take the step's own measurements, before the optimizer moves."""
+        self._row = {**self._rollouts, **values}
+        for key, value in values.items():
+            self._trainer._metrics["train"][key].append(value)
+        bad = sorted(key for key, value in values.items() if key.endswith("/loss") and not math.isfinite(value))
+        if bad:
+            self.event("non_finite", keys=bad, values=[values[key] for key in bad])
+            logger.warning("step %d: not finite: %s", self._trainer.state.global_step + 1, ", ".join(bad))
+
+    def state_dict(self) -> dict[str, float]:
+        """What later rows repeat until the next generation: its statistics."""
+        return dict(self._rollouts)
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from a checkpoint."""
+        self._rollouts = dict(state)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Write an event of the coming optimizer step."""
+        if self._run is not None:
+            self._run.append_event(kind, step=self._trainer.state.global_step + 1, **fields)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell the run folder where a resumed run goes on."""
+        if self._run is not None and state.global_step > 0:
+            self._run.resume_at(state.global_step)
+        self._started = time.perf_counter()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the learning rate of the update that was just made."""
+        self._learning_rate = float(kwargs["lr_scheduler"].get_last_lr()[0])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Complete the row of the step that just ended and hand it on."""
+        now = time.perf_counter()
+        row = {**self._row, "train/step_time": now - self._started}
+        self._started = now
+        if self._learning_rate is not None:
+            row["train/learning_rate"] = self._learning_rate
+        if self.grad_norm is not None:
+            row["train/grad_norm"] = float(self.grad_norm)
+        if self._run is not None:
+            self._run.append_metrics(state.global_step, row)
+        for callback in self._trainer.callback_handler.callbacks:
+            if isinstance(callback, RowListener):
+                callback.on_row(state.global_step, row)
+        self._row = {}

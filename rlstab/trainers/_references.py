@@ -1,0 +1,102 @@
+"""Frozen policies that terms and signals compare with: loaded only when something asks for them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlstab.errors import ConfigError
+from rlstab.trainers._host import (
+    GRPOConfig,
+    SyncRefModelCallback,
+    add_fused_lm_head,
+    create_model_from_path,
+    disable_dropout_in_model,
+    prepare_deepspeed,
+    prepare_fsdp,
+    use_adapter,
+)
+
+__all__ = ["References"]
+
+
+class References:
+    """The policies behind the sources `initial` and `moving`.
+
+    `initial` is the policy as passed to the trainer: under PEFT the same model with its adapter off (or its adapter as
+    passed), otherwise a copy. `moving` follows the policy as `sync_ref_model`, `ref_model_sync_steps` and
+    `ref_model_mixup_alpha` of the host's arguments say.
+    """
+
+    def __init__(self, sources: set[str], model: str | nn.Module, *, peft: bool) -> None:
+        self.sources = sources
+        self.peft = peft
+        self._models: dict[str, Any] = {}
+        if not peft and isinstance(model, nn.Module):
+            # Before the host patches `forward`: a copy of a patched model runs the original's plain forward.
+            self._models = {source: copy.deepcopy(model) for source in sorted(sources)}
+
+    def prepare(self, trainer: Any, model: str | nn.Module) -> None:
+        """Load what is missing, patch and place the copies like the policy."""
+        if self.peft:
+            return
+        args: GRPOConfig = trainer.args
+        for source in sorted(self.sources):
+            if source not in self._models:
+                self._models[source] = _load_like(trainer, str(model))
+            reference = self._models[source].requires_grad_(False).eval()
+            if args.disable_dropout:
+                disable_dropout_in_model(reference)
+            add_fused_lm_head(
+                reference, temperature=args.temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32
+            )
+            self._models[source] = _place(reference, trainer)
+        if "moving" in self._models:
+            trainer.add_callback(
+                SyncRefModelCallback(ref_model=self._models["moving"], accelerator=trainer.accelerator)
+            )
+
+    @contextmanager
+    def use(self, source: str, policy: nn.Module, accelerator: Any) -> Iterator[nn.Module]:
+        """The model to run for `source`; under PEFT the policy, with its adapter switched while the block runs."""
+        if source not in self.sources:
+            raise ConfigError(f"no reference {source!r} was loaded: the trainer holds {sorted(self.sources)}")
+        unwrapped = accelerator.unwrap_model(policy)
+        adapter: Any = nullcontext()
+        if self.peft:
+            adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
+        with adapter, torch.no_grad():
+            yield policy if self.peft else self._models[source]
+
+    def state_dict(self, accelerator: Any) -> dict[str, torch.Tensor]:
+        """The weights of the moving reference, which no other file of a checkpoint holds."""
+        if "moving" not in self._models:
+            return {}
+        return dict(accelerator.unwrap_model(self._models["moving"]).state_dict())
+
+    def load_state_dict(self, state: dict[str, torch.Tensor], accelerator: Any) -> None:
+        """Put the moving reference back to where the checkpoint left it."""
+        if "moving" in self._models:
+            accelerator.unwrap_model(self._models["moving"]).load_state_dict(state, strict=False)
+
+
+def _load_like(trainer: Any, path: str) -> Any:
+    kwargs = {"dtype": trainer.model.dtype, "attn_implementation": trainer.model.config._attn_implementation}
+    kwargs |= dict(trainer.args.model_init_kwargs or {})
+    kwargs.setdefault("trust_remote_code", trainer.args.trust_remote_code)
+    if trainer.args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        kwargs["device_map"] = None
+    return create_model_from_path(path, **kwargs)
+
+
+def _place(reference: Any, trainer: Any) -> Any:
+    if trainer.is_deepspeed_enabled:
+        return prepare_deepspeed(reference, trainer.accelerator)
+    if trainer.is_fsdp_enabled:
+        return prepare_fsdp(reference, trainer.accelerator)
+    return trainer.accelerator.prepare_model(reference, evaluation_mode=True)

@@ -1,0 +1,139 @@
+"""The first signals of the watcher: trainer against sampler at every step, and the drift from reference policies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlstab.batch import TokenBatch
+from rlstab.errors import ConfigError
+from rlstab.losses import clustered_mean, exact_kl, mismatch_rows, mismatch_values
+from rlstab.trainers import _batches
+from rlstab.trainers._references import References
+
+__all__ = ["Signals"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signals:
+    """What the trainer measures beside the loss.
+
+    Args:
+        mismatch: compare trainer and sampler at every step where the sampler's log-probs came back.
+        drift: measure the exact KL from the policy to `initial` (and to `moving`, where one is kept).
+        drift_every: optimizer steps between two measurements of drift.
+        drift_positions: completion positions per measurement, over all ranks at most this many per rank.
+
+    Measuring drift counts as a part that requires the policy as passed: without PEFT it keeps a copy of it in memory.
+
+    >>> Signals(drift=False).mismatch
+    True
+    """
+
+    mismatch: bool = True
+    drift: bool = True
+    drift_every: int = 10
+    drift_positions: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("drift_every", "drift_positions"):
+            if self.__dict__[name] < 1:
+                raise ConfigError(f"signals.{name}: expected at least 1, got {self.__dict__[name]}")
+
+
+OFF = Signals(mismatch=False, drift=False)
+POSITIONS_PER_ROW = 4
+
+
+class Mismatch:
+    """Trainer against sampler over one optimizer step: sums per row, joined when the step closes."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self._accelerator = accelerator
+        self._rows: list[Tensor] = []
+        self._groups: list[Tensor] = []
+
+    def add(self, batch: TokenBatch) -> None:
+        """Take a micro-batch whose sampler log-probs came back."""
+        self._rows.append(mismatch_rows(batch.logp("policy"), batch.logp("sampler"), batch.loss_mask))
+        self._groups.append(batch.column("group"))
+
+    def collect(self) -> dict[str, float]:
+        """The signals of the step over all ranks; nothing where no sampler scored a token."""
+        if not self._rows:
+            return {}
+        rows = self._accelerator.gather(torch.cat(self._rows))
+        groups = self._accelerator.gather(torch.cat(self._groups))
+        self._rows, self._groups = [], []
+        values = mismatch_values(rows, groups)
+        numbers = torch.stack(list(values.values())).tolist()
+        return {f"mismatch/{key}": number for key, number in zip(values, numbers, strict=True)}
+
+
+class Drift:
+    """Exact KL from the policy to the references at sampled positions."""
+
+    def __init__(self, trainer: Any, references: References, signals: Signals) -> None:
+        self._trainer = trainer
+        self._references = references
+        self._signals = signals
+
+    def measure(self, inputs: Mapping[str, Any]) -> dict[str, float]:
+        """KL(policy ‖ reference) per token with its standard error by prompt, for every reference in memory."""
+        sources = sorted(self._references.sources)
+        if not sources or "pixel_values" in inputs:
+            return {}
+        trainer = self._trainer
+        rows, columns = self._positions(inputs)
+        call = _scoring_call(inputs, rows, columns)
+        mask = _batches.completion_masks(inputs)[1][rows][:, columns]
+        policy = self._logits(trainer.model, call)
+        values: dict[str, float] = {}
+        for source in sources:
+            with self._references.use(source, trainer.model, trainer.accelerator) as reference:
+                kl = exact_kl(policy, self._logits(reference, call))
+            gather = trainer.accelerator.gather
+            mean, error = clustered_mean(gather(kl), gather(mask.int()).bool(), gather(inputs["rlstab_group"][rows]))
+            values[f"drift/{source}/kl"], values[f"drift/{source}/kl_se"] = mean.item(), error.item()
+        return values
+
+    def _positions(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Rows of different prompts and columns, drawn by a generator of their own: measuring changes no trajectory."""
+        trainer, budget = self._trainer, self._signals.drift_positions
+        seed = (trainer.args.seed * 1_000_003 + trainer.state.global_step) * 65_537 + trainer.accelerator.process_index
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(inputs["rlstab_group"].numel(), generator=generator)
+        order = _one_of_each_first(order, inputs["rlstab_group"].cpu())
+        rows = order[: min(len(order), max(1, budget // POSITIONS_PER_ROW))]
+        width = int(inputs["completion_mask"][rows.to(inputs["completion_mask"].device)].sum(-1).max())
+        columns = torch.randperm(max(width, 1), generator=generator)[: max(1, budget // len(rows))].sort().values
+        device = trainer.accelerator.device
+        return rows.to(device), columns.to(device)
+
+    def _logits(self, model: nn.Module, call: Mapping[str, Tensor]) -> Tensor:
+        training = model.training
+        model.eval()
+        with torch.no_grad(), self._trainer.accelerator.autocast():
+            logits: Tensor = model(**call).logits
+        model.train(training)
+        return logits.float() / self._trainer.args.temperature
+
+
+def _one_of_each_first(order: Tensor, group: Tensor) -> Tensor:
+    """`order` with the first row of every group moved to the front: more prompts, fewer rows of one."""
+    firsts: dict[int, int] = {}
+    for position, row in enumerate(order.tolist()):
+        firsts.setdefault(int(group[row]), position)
+    front = sorted(firsts.values())
+    rest = [position for position in range(len(order)) if position not in set(front)]
+    return order[torch.tensor(front + rest, dtype=torch.long)]
+
+
+def _scoring_call(inputs: Mapping[str, Any], rows: Tensor, columns: Tensor) -> dict[str, Tensor]:
+    call = _batches.model_inputs({key: inputs[key][rows] for key in _batches.TEXT_KEYS})
+    call["logits_to_keep"] = inputs["prompt_ids"].size(1) - 1 + columns
+    return call

@@ -1,0 +1,34 @@
+"""The drop-in equals its host: loss, gradients and logged metrics, over several updates off policy."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from equality import CASES, build, gradient_distance, run
+
+TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "step_time", "epoch", "total_flos")
+
+
+def differing(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Host metrics that ours lacks or logs with another value."""
+    return {
+        key: (ours.get(key), value)
+        for key, value in theirs.items()
+        if key not in TIMES
+        and not key.startswith(("sampling/", "eval_runtime", "eval_samples", "eval_steps", "eval_step_time"))
+        and ours.get(key) != pytest.approx(value, rel=1e-4, abs=1e-5, nan_ok=True)
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_gradient_and_metrics_equal_the_hosts(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    theirs = run(build(case, tmp_path, host=True))
+    ours = run(build(case, tmp_path, host=False))
+    assert len(ours.losses) == len(theirs.losses) >= case.steps
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-6, abs=1e-6)
+    distances = [gradient_distance(a, b) for a, b in zip(ours.gradients, theirs.gradients, strict=True)]
+    assert max(distances) <= 1e-6, distances
+    assert any(float(g.abs().max()) > 0 for g in theirs.gradients[-1].values())
+    for mine, host in zip(ours.logs, theirs.logs, strict=True):
+        assert not differing(mine, host)
