@@ -135,6 +135,19 @@ def evaluate(
     Raises:
         ConfigError: if an argument is outside its range, or if the tokenizer has no padding token.
         RewardError: if the task cannot score a batch.
+
+    Example:
+        >>> from rlstab.models import tiny_causal_lm, tiny_tokenizer
+        >>> from rlstab.tasks import SortDigits
+        >>> task = SortDigits(digits=3)
+        >>> tokenizer = tiny_tokenizer(task.alphabet)
+        >>> found = evaluate(
+        ...     tiny_causal_lm(tokenizer), tokenizer, task, task.prompts(10, split="test"), max_new_tokens=4
+        ... )
+        >>> sorted(found.pass_at), found.prompts, found.samples
+        ([1, 8], 10, 8)
+        >>> bool(found.entropy.mean <= math.log(len(tokenizer)))
+        True
     """
     _check(samples=samples, ks=ks, temperature=temperature, max_new_tokens=max_new_tokens, prompts=len(prompts))
     if tokenizer.pad_token_id is None:

@@ -82,6 +82,15 @@ def warm_up(
 
     Raises:
         ConfigError: if the tokenizer lacks a padding or an end-of-sequence token.
+
+    Example:
+        >>> from rlstab.models import tiny_causal_lm, tiny_tokenizer
+        >>> from rlstab.tasks import SortDigits
+        >>> task = SortDigits(digits=3)
+        >>> tokenizer = tiny_tokenizer(task.alphabet)
+        >>> losses = warm_up(tiny_causal_lm(tokenizer), tokenizer, task, WarmUp(steps=20))
+        >>> len(losses), losses[-1] < losses[0]
+        (20, True)
     """
     if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
         raise ConfigError("warm_up: the tokenizer has no padding or no end-of-sequence token; set both")
