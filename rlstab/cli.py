@@ -1,0 +1,175 @@
+"""The command `rlstab`. What a subcommand needs is imported when it runs, so that help is fast."""
+
+import inspect
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+import rlstab
+from rlstab.errors import ConfigError, HostError, RecipeError, RecordError, RlstabError
+
+__all__ = ["main"]
+
+MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130
+WIDTH_OF_A_FILE = 160
+
+TRAIN_FLAGS = ("--help", "--keys", "--resume")
+TRAIN_HELP = """\
+Train as a recipe says. Every key of the recipe can be overridden by its dotted path, as in
+--trainer.learning_rate=1e-4, --objective.terms.drift.coef=0.1 or --output runs/a; values are YAML.
+The keys of a recipe are model, task, objective, advantage, adapter, warmup, evaluation, signals,
+trainer, prompts, output, seed and threads; --keys lists what stands below them."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the arguments; those of the process if not given.
+
+    Returns:
+        The exit code: 0, 2 for a mistake in the arguments or the recipe, 1 for another failure, 130 after Ctrl-C.
+    """
+    words, overrides = list(sys.argv[1:] if argv is None else argv), []
+    try:
+        if words[:1] == ["train"]:
+            words, overrides = _split_overrides(words)
+        chosen = _parser().parse_args(words or ["--help"])
+        if chosen.command == "train":
+            return _train(chosen.train.recipe, overrides, resume=chosen.train.resume, keys=chosen.train.keys)
+        return _report(chosen.report.run) if chosen.command == "report" else _methods()
+    except ArgumentError as error:
+        return _fail(" ".join(str(error).split()), MISTAKE)
+    except RlstabError as error:
+        return _fail(str(error), MISTAKE if isinstance(error, ConfigError | RecordError | HostError) else FAILURE)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"rlstab: {message}", file=sys.stderr)
+    return code
+
+
+def _parser() -> ArgumentParser:
+    train = ArgumentParser(description=TRAIN_HELP)
+    train.add_argument("recipe", type=str, nargs="?", help="YAML file")
+    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the recipe's output")
+    train.add_argument("--keys", action="store_true", help="list the keys of a recipe, and stop")
+    report = ArgumentParser(
+        description="Write plots and report.html of a run anew, and print the table before → after."
+    )
+    report.add_argument("run", type=str, help="run folder")
+    methods = ArgumentParser(description="List the parts of an objective and the presets, with their papers.")
+    parser = ArgumentParser(
+        prog="rlstab",
+        version=rlstab.__version__,
+        description=rlstab.__doc__,
+        exit_on_error=False,
+    )
+    commands = parser.add_subcommands(dest="command")
+    commands.add_subcommand("train", train, help="train as a recipe says")
+    commands.add_subcommand("report", report, help="write the report of a run anew")
+    commands.add_subcommand("methods", methods, help="list parts, presets and their papers")
+    return parser
+
+
+def _split_overrides(words: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Separate what the command takes itself from overrides of the recipe, `--key=value` or `--key value`."""
+    own: list[str] = []
+    overrides: list[tuple[str, str]] = []
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("--") or word in TRAIN_FLAGS:
+            own.append(word)
+            continue
+        key, given, value = word.removeprefix("--").partition("=")
+        if not given:
+            value = next(rest, "--")
+        if value.startswith("--"):
+            raise RecipeError(
+                f"--{key} has no value: pass --{key}=VALUE for a key of the recipe (flags: {', '.join(TRAIN_FLAGS)})"
+            )
+        overrides.append((key, value))
+    return own, overrides
+
+
+def _train(recipe: str | None, overrides: Sequence[tuple[str, str]], *, resume: bool, keys: bool) -> int:
+    from rlstab.recipes import read_recipe, recipe_parser, run_recipe
+
+    if keys:
+        recipe_parser().print_help()
+        return 0
+    if recipe is None:
+        raise RecipeError("rlstab train: no recipe given, as in: rlstab train configs/quickstart.yaml")
+    outcome = run_recipe(read_recipe(recipe, overrides, resume=resume), resume=resume)
+    return INTERRUPTED if outcome.interrupted else 0
+
+
+def _report(run: str) -> int:
+    from rich.console import Console
+
+    from rlstab.record import RunFolder
+    from rlstab.report import print_summary, write_plots, write_report
+
+    folder, console = RunFolder.open(run), Console()
+    write_plots(folder)
+    page = write_report(folder)
+    print_summary(folder, console)
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _methods() -> int:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH_OF_A_FILE)
+    for kind, parts in _parts().items():
+        table = Table(title=kind, title_justify="left", title_style="bold", box=None, show_header=False, expand=True)
+        for ratio in (2, 5, 5):
+            table.add_column(ratio=ratio, overflow="fold")
+        for name, part in parts.items():
+            table.add_row(f"[cyan]{name}[/]", escape(_says(part)), escape(_reference(part)))
+        console.print(table, highlight=False)
+    return 0
+
+
+def _parts() -> dict[str, dict[str, Any]]:
+    """Everything public that an objective can be made of, by kind and name."""
+    from rlstab import losses
+    from rlstab.losses import presets
+
+    public = {name: vars(losses)[name] for name in losses.__all__}
+    built = {name: part for name, part in public.items() if inspect.isclass(part) and not inspect.isabstract(part)}
+    kinds: dict[str, dict[str, Any]] = {"presets": {name: vars(presets)[name] for name in presets.__all__}}
+    for kind, bases in {
+        "surrogates": losses.Surrogate,
+        "regularisers": losses.Term,
+        "ratios": losses.Ratio,
+        "weights and masks": losses.Weight,
+        "advantages": losses.Advantage,
+        "rollout parts and step statistics": losses.Prepared,
+        "coefficients": losses.Controller,
+    }.items():
+        kinds[kind] = {name: part for name, part in built.items() if issubclass(part, bases)}
+        built = {name: part for name, part in built.items() if name not in kinds[kind]}
+    return kinds
+
+
+def _says(part: Any) -> str:
+    """The first line of a docstring, without the formula that ends it."""
+    line = (inspect.getdoc(part) or "").partition("\n")[0]
+    return line.partition(": $")[0].rstrip(".")
+
+
+def _reference(part: Any) -> str:
+    """The papers of a docstring, as its paragraph `Reference:` names them."""
+    paragraphs = (inspect.getdoc(part) or "").split("\n\n")
+    found = [paragraph for paragraph in paragraphs if paragraph.startswith("Reference:")]
+    return " ".join(found[0].removeprefix("Reference:").split()) if found else ""

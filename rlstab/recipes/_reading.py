@@ -1,0 +1,142 @@
+"""From a recipe file and overrides to a `Recipe`, by way of jsonargparse."""
+
+import os
+import time
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_type_hints
+
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from rlstab.errors import RecipeError
+from rlstab.losses import Controller, Objective, Part, presets
+from rlstab.recipes._faults import argument_kinds, find_fault
+from rlstab.recipes._recipe import Recipe
+from rlstab.recipes._tree import Tree, hint, load_tree, set_value
+from rlstab.trainers import GRPOConfig
+
+__all__ = ["ReadRecipe", "read_recipe", "recipe_parser"]
+
+OWNED = {
+    "output_dir": "set `output`",
+    "seed": "set `seed`",
+    "data_seed": "set `seed`",
+    "model_init_kwargs": "set the arguments of `model`",
+    "trust_remote_code": "set it for `model`",
+    "resume_from_checkpoint": "pass --resume",
+    "disable_tqdm": "a recipe shows its own progress",
+    "do_train": "a recipe always trains",
+    "do_eval": "set `evaluation`",
+    "do_predict": "set `evaluation`",
+    "eval_strategy": "set `evaluation.every`",
+    "eval_steps": "set `evaluation.every`",
+    "eval_on_start": "a recipe always evaluates before training",
+    "load_best_model_at_end": "set `trainer.save_total_limit`, and choose among checkpoints by the report",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadRecipe:
+    """A recipe, and the resolved configuration it was built from, as YAML that reads as the same recipe."""
+
+    recipe: Recipe
+    text: str
+
+
+def recipe_parser() -> ArgumentParser:
+    """The parser of recipes: the fields of `Recipe`, with the host's trainer arguments under `trainer`."""
+    set_parsing_settings(subclasses_enabled=[Part, Objective, Controller], instantiate_subclass_spec_in_any=False)
+    parser = ArgumentParser(
+        prog="rlstab train RECIPE.yaml",
+        usage="%(prog)s [--KEY.PATH VALUE ...] [--resume]",
+        description="Train as a recipe says. Every key of the recipe can be overridden, as in "
+        "--trainer.learning_rate=1e-4 or --objective.terms.drift.coef=0.1.",
+        exit_on_error=False,
+    )
+    parser.add_class_arguments(Recipe, skip={"trainer"})
+    parser.add_class_arguments(GRPOConfig, "trainer", skip=set(OWNED), instantiate=False)
+    return parser
+
+
+def read_recipe(
+    path: str | os.PathLike[str], overrides: Sequence[tuple[str, str]] = (), *, resume: bool = False
+) -> ReadRecipe:
+    """Read a recipe.
+
+    Args:
+        path: YAML file.
+        overrides: dotted keys and values in YAML, applied in turn.
+        resume: whether the recipe is read to go on with a run, which it must name then; else an output that is not
+            given becomes a new folder below `runs/`, named after the file and the time.
+
+    Returns:
+        The recipe and its resolved configuration.
+
+    Raises:
+        RecipeError: something in it does not exist or does not fit: one line that names it, its value, what would fit
+            and the nearest match.
+    """
+    tree = load_tree(Path(path))
+    for key, text in overrides:
+        set_value(tree, key, text)
+    _complete_presets(tree)
+    if tree.get("output") is None:
+        tree["output"] = _new_output(Path(path), resume)
+    if not isinstance(tree.setdefault("trainer", {}), dict):
+        raise RecipeError(f"trainer: expected a mapping of GRPOConfig's arguments, got {tree['trainer']!r}")
+    parser = recipe_parser()
+    try:
+        parsed = parser.parse_object(deepcopy(tree))
+        built = parser.instantiate(parsed)
+        recipe = Recipe(**{**vars(built), "trainer": vars(parsed.trainer)})
+    except (ArgumentError, ValueError) as error:
+        raise RecipeError(f"{_fault(tree) or ' '.join(str(error).split())}") from error
+    return ReadRecipe(recipe=recipe, text=parser.dump(parsed))
+
+
+def _new_output(path: Path, resume: bool) -> str:
+    if resume:
+        raise RecipeError(
+            "output: null does not say which run to resume; pass --output RUN, or RUN/config.yaml as recipe"
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError("output: null gives each process a folder of its own; pass --output RUN")
+    return f"runs/{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _complete_presets(tree: Tree) -> None:
+    """Let the bare name of a preset stand for its import path."""
+    spec = tree.get("objective")
+    if isinstance(spec, str):
+        spec = tree["objective"] = {"class_path": spec}
+    if isinstance(spec, dict) and spec.get("class_path") in presets.__all__:
+        spec["class_path"] = f"{presets.__name__}.{spec['class_path']}"
+
+
+def _fault(tree: Tree) -> str | None:
+    """A message on the first thing in a recipe that does not fit."""
+    kinds = argument_kinds(Recipe)
+    for key, value in tree.items():
+        if key not in kinds:
+            return f"{key}: a recipe has no such key (value {value!r}); {hint(key, kinds)}"
+    for key in ("model", "task"):
+        if key not in tree:
+            return f"{key}: a recipe needs it, with a class_path and its init_args"
+    if fault := _trainer_fault(tree["trainer"]):
+        return fault
+    found = (find_fault(key, value, kinds[key]) for key, value in tree.items() if key != "trainer")
+    return next(filter(None, found), None)
+
+
+def _trainer_fault(block: Tree) -> str | None:
+    kinds = get_type_hints(GRPOConfig)
+    for key, value in block.items():
+        if key in OWNED:
+            return f"trainer.{key}: not here (value {value!r}); {OWNED[key]}"
+        if key not in kinds:
+            return f"trainer.{key}: GRPOConfig has no argument {key!r} (value {value!r}); {hint(key, kinds)}"
+    return next(
+        filter(None, (find_fault(f"trainer.{key}", item, kinds[key], build=False) for key, item in block.items())), None
+    )

@@ -1,0 +1,95 @@
+"""What a recipe holds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlstab.errors import RecipeError
+from rlstab.losses import Advantage, Objective
+from rlstab.recipes._models import LoRA, ModelSource
+from rlstab.recipes._warmup import WarmUp
+from rlstab.tasks import EmbeddedTask, Task
+from rlstab.trainers import Signals
+
+__all__ = ["HeldOut", "Recipe"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """How the policy is evaluated on held-out prompts, before and after training.
+
+    Args:
+        prompts: number of held-out prompts.
+        samples: completions per prompt.
+        ks: the k of each pass@k, at most `samples`.
+        temperature: sampling temperature.
+        every: also evaluate after every so many optimizer steps; None does not.
+        batch_size: most completions sampled at once.
+    """
+
+    prompts: int = 200
+    samples: int = 8
+    ks: tuple[int, ...] = (1, 8)
+    temperature: float = 1.0
+    every: int | None = None
+    batch_size: int = 512
+
+    def __post_init__(self) -> None:
+        checks = {
+            "prompts": (self.prompts, self.prompts >= 1, "at least 1"),
+            "samples": (self.samples, self.samples >= 1, "at least 1"),
+            "ks": (self.ks, all(1 <= k <= self.samples for k in self.ks), f"each from 1 to samples ({self.samples})"),
+            "temperature": (self.temperature, self.temperature > 0, "a positive number"),
+            "every": (self.every, self.every is None or self.every >= 1, "at least 1, or null"),
+            "batch_size": (self.batch_size, self.batch_size >= 1, "at least 1"),
+        }
+        for key, (value, holds, wanted) in checks.items():
+            if not holds:
+                raise RecipeError(f"HeldOut.{key}: expected {wanted}, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A run: what is trained, on what, with which objective.
+
+    Args:
+        model: where the model comes from.
+        task: prompts and reward.
+        objective: what is minimised; None leaves the loss to the trainer's own arguments (`loss_type`, `beta`, ...).
+        advantage: how rewards become advantages; None leaves it to the trainer's own arguments.
+        adapter: train low-rank updates instead of the weights.
+        warmup: supervised warm-up on the task's demonstrations; None starts from the model as it is.
+        evaluation: evaluation on held-out prompts.
+        signals: what the trainer measures beside the loss.
+        trainer: arguments of the host's `GRPOConfig` by name; output folder and seed are the recipe's own.
+        prompts: number of training prompts, drawn once; training goes through them again and again.
+        output: run folder; None stands for a new one below `runs/` when a recipe file is read.
+        seed: seed of weights, prompts, warm-up, training and evaluation.
+        threads: CPU threads of torch; None leaves torch's choice. Very small models are fastest with one.
+    """
+
+    model: ModelSource
+    task: Task
+    objective: Objective | None = None
+    advantage: Advantage | None = None
+    adapter: LoRA | None = None
+    warmup: WarmUp | None = None
+    evaluation: HeldOut = HeldOut()
+    signals: Signals = Signals()
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    prompts: int = 4096
+    output: Path | None = None
+    seed: int = 0
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.warmup is not None and not isinstance(self.task, EmbeddedTask):
+            raise RecipeError(
+                f"warmup: {type(self.task).__name__} has no demonstrations to warm up on, embedded tasks do; "
+                "set warmup: null"
+            )
+        if self.prompts < 1:
+            raise RecipeError(f"prompts: expected at least 1, got {self.prompts}")
+        if self.threads is not None and self.threads < 1:
+            raise RecipeError(f"threads: expected at least 1, or null, got {self.threads}")

@@ -1,0 +1,290 @@
+"""From a recipe to a trained model: warm-up, evaluation, training, evaluation, report."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from jsonargparse import get_loader
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
+
+from rlstab.errors import ConfigError, RlstabError
+from rlstab.recipes._evaluate import evaluate
+from rlstab.recipes._held_out import held_out_kl, metric_values
+from rlstab.recipes._interrupt import GracefulStop
+from rlstab.recipes._models import LoadedModel, PretrainedModel
+from rlstab.recipes._reading import ReadRecipe
+from rlstab.recipes._tree import changed_keys
+from rlstab.recipes._warmup import warm_up
+from rlstab.record import RunFolder
+from rlstab.report import print_summary, write_plots, write_report
+from rlstab.tasks import EmbeddedTask
+from rlstab.trainers import GRPOConfig, ProgressCallback, StableGRPOTrainer, latest_checkpoint
+
+__all__ = ["Outcome", "run_recipe"]
+
+KL_PROMPTS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended.
+
+    Args:
+        folder: what it left.
+        interrupted: whether it was stopped before its end; it can be resumed.
+    """
+
+    folder: RunFolder
+    interrupted: bool
+
+
+def run_recipe(read: ReadRecipe, *, resume: bool = False, console: Console | None = None) -> Outcome:
+    """Do what a recipe says, and leave a run folder with checkpoints, metrics, plots and a report.
+
+    An interrupt (Ctrl-C) during training saves a checkpoint after the current step and ends the run; a second one, or
+    one outside training, ends it where it is. Either way the run can be resumed.
+
+    Args:
+        read: the recipe.
+        resume: go on in the recipe's run folder, from its last checkpoint, on the same trajectory as a run without a
+            stop; without a checkpoint from the start.
+        console: where to show the progress; the terminal if not given.
+
+    Returns:
+        The run folder, and whether the run reached its end.
+
+    Raises:
+        ConfigError: something in the recipe cannot be honoured.
+        RecordError: the run folder exists already (or does not, to resume), or cannot be written.
+    """
+    console = console or Console()
+    main = int(os.environ.get("RANK", "0")) == 0
+    if not main:
+        console.quiet = True
+    if read.recipe.threads is not None:
+        torch.set_num_threads(read.recipe.threads)
+    run = _Run(read, _open_folder(read, resume, console) if main else None, console)
+    try:
+        interrupted = run.go(resume=resume)
+    except KeyboardInterrupt:
+        interrupted = True
+    if run.folder is None:
+        return Outcome(folder=RunFolder.open(run.output), interrupted=interrupted)
+    run.folder.append_event("interrupted" if interrupted else "finished")
+    _conclude(run.folder, interrupted, console)
+    return Outcome(folder=run.folder, interrupted=interrupted)
+
+
+def _open_folder(read: ReadRecipe, resume: bool, console: Console) -> RunFolder:
+    output = _output(read)
+    if not resume:
+        return RunFolder.create(output, config_text=read.text)
+    load = get_loader("yaml")
+    before = load(RunFolder.open(output).config_text())
+    folder = RunFolder.create(output, config_text=read.text, exist_ok=True)
+    for key, (old, new) in changed_keys(before, load(folder.config_text())).items():
+        console.print(f"resumed with another {key}: {old} → {new}", highlight=False)
+    return folder
+
+
+def _conclude(folder: RunFolder, interrupted: bool, console: Console) -> None:
+    """Write the report, and say what is where and how to go on."""
+    write_plots(folder)
+    write_report(folder)
+    if interrupted:
+        checkpoint = latest_checkpoint(folder.checkpoints)
+        state = (
+            f"{checkpoint} holds the state" if checkpoint else "no checkpoint was reached, a resumed run starts anew"
+        )
+        console.print(f"interrupted; {state}", highlight=False, soft_wrap=True)
+        console.print(f"go on with: rlstab train {folder.config_path} --resume", highlight=False, soft_wrap=True)
+        return
+    print_summary(folder, console)
+    console.print(f"report:      {folder.report}", highlight=False, soft_wrap=True)
+    console.print(f"plots:       {folder.plots}", highlight=False, soft_wrap=True)
+    console.print(f"checkpoint:  {latest_checkpoint(folder.checkpoints)}", highlight=False, soft_wrap=True)
+
+
+class _Run:
+    """The parts of a run in the order in which they are needed; `folder` is None on all ranks but the first."""
+
+    def __init__(self, read: ReadRecipe, folder: RunFolder | None, console: Console) -> None:
+        self.recipe = read.recipe
+        self.output = _output(read)
+        self.folder = folder
+        self.console = console
+        with _host_errors():
+            self.args = GRPOConfig(
+                **self.recipe.trainer,
+                output_dir=str(self.output / "checkpoints"),
+                seed=self.recipe.seed,
+                disable_tqdm=True,
+            )
+
+    def go(self, *, resume: bool) -> bool:
+        """Evaluate, train, evaluate; return whether training was interrupted."""
+        checkpoint = latest_checkpoint(self.args.output_dir) if resume else None
+        if resume and checkpoint is None and self.folder is not None:
+            self.folder.resume_at(0)
+        progress, stop = ProgressCallback(self.console), GracefulStop(self.console)
+        trainer = self._trainer([progress, stop])
+        if self.folder is not None and not any(
+            event.fields.get("phase") == "before" for event in self.folder.events().of("evaluation")
+        ):
+            self._evaluate_phase("before", trainer)
+        trainer.accelerator.wait_for_everyone()
+        try:
+            with stop:
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            progress.close()
+        if self.folder is not None and not stop.requested:
+            self._evaluate_phase("after", trainer)
+        trainer.accelerator.wait_for_everyone()
+        return stop.requested
+
+    def _trainer(self, callbacks: list[TrainerCallback]) -> StableGRPOTrainer:
+        recipe = self.recipe
+        model, tokenizer = self._start()
+        set_seed(recipe.seed)
+        with _host_errors():
+            trainer = StableGRPOTrainer(
+                model,
+                recipe.task.reward,
+                self.args,
+                objective=recipe.objective,
+                advantage=recipe.advantage,
+                signals=recipe.signals,
+                run=self.folder,
+                train_dataset=recipe.task.prompts(recipe.prompts, split="train", seed=recipe.seed),
+                processing_class=tokenizer,
+                callbacks=callbacks,
+                peft_config=None if recipe.adapter is None else recipe.adapter.config(),
+            )
+        trainer.remove_callback(PrinterCallback)
+        if self.folder is not None and recipe.evaluation.every is not None:
+            trainer.add_callback(_Periodically(recipe.evaluation.every, lambda step: self._evaluate_at(step, trainer)))
+        return trainer
+
+    def _start(self) -> LoadedModel:
+        """The policy that training starts from: as it is loaded, or as it came out of the warm-up."""
+        recipe, warmed = self.recipe, self.output / "initial"
+        if recipe.warmup is None:
+            return recipe.model.load(recipe.task, seed=recipe.seed)
+        with self.args.main_process_first(local=False):
+            if not warmed.is_dir():
+                self._warm_up(warmed)
+        return PretrainedModel(name=str(warmed)).load(recipe.task, seed=recipe.seed)
+
+    def _warm_up(self, target: Path) -> None:
+        recipe = self.recipe
+        assert recipe.warmup is not None
+        assert isinstance(recipe.task, EmbeddedTask)
+        model, tokenizer = recipe.model.load(recipe.task, seed=recipe.seed)
+        columns = (TextColumn("[bold]warm-up"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), console=self.console) as progress:
+            line = progress.add_task("warm-up", total=recipe.warmup.steps, loss=float("nan"))
+            warm_up(
+                model.to(self.args.device),  # type: ignore[arg-type]  # the stub of `to` takes no device
+                tokenizer,
+                recipe.task,
+                recipe.warmup,
+                seed=recipe.seed,
+                on_step=lambda step, steps, loss: progress.update(line, completed=step, loss=loss),
+            )
+        unfinished = target.with_name("initial.unfinished")
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.replace(target)
+
+    def _evaluate_phase(self, phase: str, trainer: StableGRPOTrainer) -> None:
+        assert self.folder is not None
+        settings, step = self.recipe.evaluation, trainer.state.global_step
+        with self.console.status(f"evaluating on {settings.prompts} held-out prompts, {phase} training"):
+            values, examples = self._evaluate(trainer)
+        self.folder.append_event("evaluation", step=step, phase=phase, values=values)
+        self.folder.append_rollouts(step, [{**example, "phase": phase} for example in examples])
+
+    def _evaluate_at(self, step: int, trainer: StableGRPOTrainer) -> None:
+        assert self.folder is not None
+        self.folder.append_metrics(step, self._evaluate(trainer)[0])
+
+    def _evaluate(self, trainer: StableGRPOTrainer) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """The numbers of the policy now by metric key, and a few completions."""
+        policy: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
+        tokenizer = trainer.processing_class
+        settings, sampling = (
+            self.recipe.evaluation,
+            {
+                "temperature": self.recipe.evaluation.temperature,
+                "max_new_tokens": self.args.max_completion_length,
+                "seed": self.recipe.seed,
+            },
+        )
+        evaluation = evaluate(
+            policy,
+            tokenizer,
+            self.recipe.task,
+            self._held_out,
+            samples=settings.samples,
+            ks=settings.ks,
+            batch_size=settings.batch_size,
+            **sampling,
+        )
+        kl = held_out_kl(policy, self._initial(policy), tokenizer, self._held_out[:KL_PROMPTS]["prompt"], **sampling)
+        return metric_values(evaluation, kl), [dataclasses.asdict(example) for example in evaluation.examples]
+
+    @cached_property
+    def _held_out(self) -> Dataset:
+        return self.recipe.task.prompts(self.recipe.evaluation.prompts, split="test", seed=self.recipe.seed)
+
+    def _initial(self, policy: Any) -> Callable[[], AbstractContextManager[PreTrainedModel]]:
+        """The policy as it was at the start: the adapter switched off, or the first weights loaded again."""
+        if self.recipe.adapter is not None:
+            return lambda: _without_adapter(policy)
+        model = self._start().model.to(policy.device).eval()
+        return lambda: nullcontext(model)
+
+
+class _Periodically(TrainerCallback):
+    """Calls a function with the step after every so many optimizer steps."""
+
+    def __init__(self, every: int, action: Callable[[int], None]) -> None:
+        self._every = every
+        self._action = action
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Call it if it is time."""
+        if state.global_step % self._every == 0:
+            self._action(state.global_step)
+
+
+@contextmanager
+def _without_adapter(policy: Any) -> Iterator[PreTrainedModel]:
+    with policy.disable_adapter():
+        yield policy
+
+
+@contextmanager
+def _host_errors() -> Iterator[None]:
+    """What the host refuses at construction is a mistake in the recipe's trainer block: say so in one line."""
+    try:
+        yield
+    except RlstabError:
+        raise
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+def _output(read: ReadRecipe) -> Path:
+    assert read.recipe.output is not None
+    return read.recipe.output

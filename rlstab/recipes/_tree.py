@@ -1,0 +1,153 @@
+"""A recipe as plain data: read from YAML, changed by dotted overrides, before any class is looked up."""
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import get_loader
+
+from rlstab.errors import RecipeError
+
+Tree = dict[str, Any]
+
+CLASS_KEYS = ("class_path", "init_args")
+MOST_SHOWN = 40
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+    """The nearest match of a name, and all that exist, as the end of a message.
+
+    >>> hint("coeff", ["coef", "mean"])
+    "did you mean 'coef'? There are: coef, mean"
+    """
+    known = list(known)
+    if not known:
+        return "there are none"
+    nearest = get_close_matches(name, known, n=1) or [other for other in known if other.casefold() == name.casefold()]
+    start = f"did you mean {nearest[0]!r}? " if nearest else ""
+    shown = get_close_matches(name, known, n=MOST_SHOWN, cutoff=0.0) if len(known) > MOST_SHOWN else known
+    more = f" and {len(known) - len(shown)} more" if len(known) > len(shown) else ""
+    return f"{start}There are: {', '.join(shown)}{more}"
+
+
+def load_tree(path: Path) -> Tree:
+    """The content of a recipe file.
+
+    Raises:
+        RecipeError: there is no such file, it is not YAML, a key stands twice, or it holds something else than a mapping.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError as error:
+        recipes = sorted(str(file) for file in path.parent.glob("*.y*ml"))
+        raise RecipeError(f"recipe {path}: no such file; {hint(str(path), recipes)}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path}: cannot be read ({error})") from error
+    try:
+        _refuse_repeated_keys(path, yaml.compose(text, Loader=yaml.SafeLoader))
+        tree = get_loader("yaml")(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise RecipeError(f"recipe {path}: expected a mapping of settings, got {tree!r}")
+    return tree
+
+
+def _refuse_repeated_keys(path: Path, node: yaml.Node | None) -> None:
+    children: Iterable[yaml.Node] = ()
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise RecipeError(f"recipe {path}, line {line}: the key {key.value!r} stands twice; keep one")
+            seen.add(key.value)
+        children = [value for _, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    for child in children:
+        _refuse_repeated_keys(path, child)
+
+
+def set_value(tree: Tree, key: str, text: str) -> None:
+    """Set the value at a dotted key, in place, as an override of the command line does.
+
+    A key below a class (`{class_path: ..., init_args: ...}`, or its bare name) is an argument of the class; a number
+    counts through a list. What does not exist yet is made.
+
+    Args:
+        tree: the recipe.
+        key: as in `objective.terms.drift.coef`.
+        text: the value in YAML.
+
+    Raises:
+        RecipeError: the key leads into something that has no keys, or `text` is not YAML.
+
+    >>> tree = {"objective": {"terms": {"drift": "ReverseKL"}}}
+    >>> set_value(tree, "objective.terms.drift.coef", "0.1")
+    >>> tree["objective"]["terms"]["drift"]
+    {'class_path': 'ReverseKL', 'init_args': {'coef': 0.1}}
+    """
+    try:
+        value = get_loader("yaml")(text) if text else None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--{key}: the value {text!r} is not YAML: {' '.join(str(error).split())}") from error
+    node: Any = tree
+    names = key.split(".")
+    for depth, name in enumerate(names):
+        where = ".".join(names[:depth])
+        if isinstance(node, list):
+            node, name = node, _position(node, name, key=key, where=where)
+        elif isinstance(node, dict):
+            node = _arguments(node, name)
+        else:
+            raise RecipeError(f"--{key}: {where} is {node!r} and has no key {name!r}")
+        if depth == len(names) - 1:
+            node[name] = value
+        else:
+            node = _opened(node, name)
+
+
+def _arguments(node: Tree, name: str) -> Tree:
+    """Where a key of a mapping belongs: beside the class's name, or among its arguments."""
+    if "class_path" not in node or name in CLASS_KEYS:
+        return node
+    if node.get("init_args") is None:
+        node["init_args"] = {}
+    arguments: Tree = node["init_args"]
+    return arguments
+
+
+def _opened(node: Any, name: Any) -> Any:
+    """What stands at a key, made ready to take keys of its own."""
+    if isinstance(node, dict) and node.get(name) is None:
+        node[name] = {}
+    if isinstance(node[name], str):
+        node[name] = {"class_path": node[name], "init_args": {}}
+    return node[name]
+
+
+def _position(node: list[Any], name: str, *, key: str, where: str) -> int:
+    if name.isdecimal() and int(name) < len(node):
+        return int(name)
+    raise RecipeError(f"--{key}: {where} is a list of {len(node)}, expected a position from 0 on, got {name!r}")
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The dotted keys whose values differ between two trees, with the old and the new value.
+
+    >>> changed_keys({"seed": 0, "trainer": {"max_steps": 5}}, {"seed": 0, "trainer": {"max_steps": 9}})
+    {'trainer.max_steps': (5, 9)}
+    """
+    before, after = _flat(old), _flat(new)
+    keys = dict.fromkeys([*before, *after])
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
