@@ -110,7 +110,7 @@ def _drift(run: Run, palette: Palette) -> Figure:
         both, at, at_error = np.intersect1d(series.steps, error.steps, return_indices=True)
         middle, half = _finite(series.values[at]), 2 * _finite(error.values[at_error])
         axes.fill_between(both, np.maximum(middle - half, 0), middle + half, color=color, alpha=0.18, linewidth=0)
-        labels += _curve(axes, palette, series, name, color)
+        labels += _curve(axes, palette, series, name, color, window=1)
     axes.set_ylim(bottom=0)
     return _finished(figure, axes, run, labels, palette)
 
@@ -240,7 +240,7 @@ def _evaluations(run: Run, key: str) -> tuple[NDArray[np.int64], Values, Values]
 
 def _log_axis(axes: Axes, sizes: Values) -> float:
     """Make the y axis logarithmic and return its floor; where there are zeros, the lowest decade stands for them."""
-    exponents = np.floor(np.log10(np.clip(sizes[sizes > 0], 1e-300, 1e300)))
+    exponents = np.floor(np.log10(np.clip(sizes[sizes > 0], 1e-30, 1e200)))
     low, high = (10.0 ** exponents.min(), 10.0 ** exponents.max()) if len(exponents) else (1.0, 1.0)
     floor = low / 10 if np.any(sizes == 0) else low
     axes.set_yscale("log")
