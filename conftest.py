@@ -12,7 +12,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--shapes",
         action="store_true",
-        help="check shapes and types of every call into rlstab (jaxtyping and beartype)",
+        help="check the shapes of all tensors that enter and leave functions of rlstab (jaxtyping and beartype)",
     )
 
 
@@ -25,7 +25,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("compile") and item.config.getoption("--shapes"):
-        pytest.skip("torch.compile cannot trace through shape checks: run without --shapes")
+    if item.config.getoption("--shapes"):
+        if item.get_closest_marker("compile"):
+            pytest.skip("torch.compile cannot trace through shape checks: run without --shapes")
+        if item.get_closest_marker("wrong_shapes"):
+            pytest.skip("passes wrong shapes on purpose: run without --shapes")
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

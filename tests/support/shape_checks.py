@@ -1,17 +1,22 @@
-"""The type checker behind `pytest --shapes`."""
+"""The type checker behind `pytest --shapes`: shapes and dtypes of tensors; all other types are mypy's."""
 
 from collections.abc import Callable
-from typing import Annotated, Any, Self, TypeVar
+from inspect import isclass
+from typing import Any, TypeVar, get_args
 
-from beartype import BeartypeConf, FrozenDict, beartype
-from beartype.vale import Is
+from beartype import beartype
+from jaxtyping import AbstractArray
 
 Checked = TypeVar("Checked", bound=Callable[..., Any])
 
-ANYTHING = Annotated[object, Is[lambda _: True]]
-CONF = BeartypeConf(hint_overrides=FrozenDict({Self: ANYTHING}))
-
 
 def check(function: Checked) -> Checked:
-    """Check arguments and results; `Self` is anything, since methods are decorated before their class exists."""
-    return beartype(conf=CONF)(function)
+    """Check the arguments and results that are annotated with a shape."""
+    hints = function.__annotations__
+    function.__annotations__ = {name: hint for name, hint in hints.items() if has_shape(hint)}
+    return beartype(function)
+
+
+def has_shape(hint: Any) -> bool:
+    """Does a hint hold a shape, if only within a mapping or a union?"""
+    return (isclass(hint) and issubclass(hint, AbstractArray)) or any(map(has_shape, get_args(hint)))
