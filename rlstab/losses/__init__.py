@@ -8,6 +8,7 @@ if __name__ != "rlstab.losses":
         f"this room is rlstab.losses; imported as {__name__!r} it would be a second copy: use 'import rlstab.losses'"
     )
 
+from rlstab.losses import presets
 from rlstab.losses._advantage import (
     GFPO,
     OPO,
@@ -36,7 +37,7 @@ from rlstab.losses._clipped import (
 from rlstab.losses._conflict import ConflictMask, ConflictWeight, EntropyFilter
 from rlstab.losses._controllers import Controller, EntropyTarget, Linear
 from rlstab.losses._covariance import KLCov, TopCovariance, covariance
-from rlstab.losses._entropy import EntropyBonus
+from rlstab.losses._entropy import EntropyBonus, KeptShare
 from rlstab.losses._kl import KL, kl_estimate
 from rlstab.losses._mean import Mean
 from rlstab.losses._metrics import Hist, Max, Metric, Min, Sum, Total
@@ -102,6 +103,7 @@ __all__ = [
     "Hist",
     "ImportanceSurrogate",
     "KLCov",
+    "KeptShare",
     "LeaveOneOut",
     "Linear",
     "Loss",
@@ -150,6 +152,7 @@ __all__ = [
     "mismatch_values",
     "optimal_value",
     "prepared_parts",
+    "presets",
     "run_parts",
     "sapo_surrogate",
     "term_name",

@@ -1,7 +1,7 @@
 """How an unreduced loss becomes one number: the only place that owns mask and normalisation."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -43,6 +43,12 @@ class Mean:
             raise ConfigError(f"mean.unit: expected 'token', 'sequence' or a length > 0, got {self.unit!r}")
         if self.over not in ("step", "generation", "micro_batch"):
             raise ConfigError(f"mean.over: expected 'step', 'generation' or 'micro_batch', got {self.over!r}")
+
+    if TYPE_CHECKING:  # the mean of a term is a `BoundMean`, but its field is annotated with what one assigns to it
+
+        def __call__(
+            self, unit: Unit = "token", *, over: Literal["step", "generation", "micro_batch"] = "step"
+        ) -> Any: ...
 
     def reduce(self, loss: Float[Tensor, "B T"] | Float[Tensor, "B"], batch: TokenBatch) -> Float[Tensor, ""]:
         """This micro-batch's share of the mean: shares of a scope add up to it."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlstab.batch import Column, LogProbs, Requirement, TokenBatch
 from rlstab.errors import CompositionError
-from rlstab.losses._checks import check_positive
+from rlstab.losses._checks import check_positive, check_range
 from rlstab.losses._mean import Mean, MeanField
 from rlstab.losses._metrics import Metric, Sum, mask_like, masked_max, token_mean
 from rlstab.losses._ratio import finite_logp, ratio_of
@@ -118,7 +118,7 @@ class VESPO(RatioSurrogate):
     Metrics: `phi`, its mean over rows, and `ratio_max`, the largest $W$.
 
     Raises:
-        ConfigError: if a shape parameter is not positive, or the ratio has one value per sequence.
+        ConfigError: if a `k` is negative or a `lambda` not positive, or the ratio has one value per sequence.
         CompositionError: if a correction for the sampler stands among the weights.
 
     Reference: VESPO, https://arxiv.org/abs/2602.10693
@@ -139,7 +139,9 @@ class VESPO(RatioSurrogate):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._token_ratio_only()
-        for name in ("k_pos", "lambda_pos", "k_neg", "lambda_neg"):
+        for name in ("k_pos", "k_neg"):
+            check_range(f"VESPO.{name}", self.__dict__[name], 0)
+        for name in ("lambda_pos", "lambda_neg"):
             check_positive(f"VESPO.{name}", self.__dict__[name])
         outside = [type(w).__name__ for w in self.weights if isinstance(w, SamplerCorrection)]
         if outside:

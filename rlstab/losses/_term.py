@@ -10,7 +10,7 @@ from torch import Tensor
 from rlstab.batch import TokenBatch
 from rlstab.errors import CompositionError, ConfigError
 from rlstab.losses._controllers import Controller
-from rlstab.losses._mean import MeanField, TermMean
+from rlstab.losses._mean import Mean, MeanField
 from rlstab.losses._metrics import Metric
 from rlstab.losses._parts import Part, part_name
 
@@ -36,7 +36,7 @@ class Term(Part):
     """
 
     coef: float | Controller = 1.0
-    mean: TermMean = MeanField()  # reads as a Mean; called, it gives a copy of the term
+    mean: Mean = MeanField()  # type: ignore[assignment]  # a descriptor: reads as a Mean, called it gives a copy
     rows: str = "rollout"
 
     @abstractmethod
