@@ -21,6 +21,7 @@ ARGS ?=
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
+export TIMEFORMAT := (%0lR)
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PHONY: quickstart test test-hosts docs vllm-cpu lock clean
@@ -57,16 +58,16 @@ quickstart: $(VENV)/installed
 	$(BIN)/rlstab train configs/quickstart.yaml $(ARGS)
 
 test: $(VENV)/installed-dev
-	$(BIN)/ruff format --check $(SOURCES)
-	$(BIN)/ruff check $(SOURCES)
-	$(BIN)/mypy $(SOURCES)
-	$(BIN)/pytest --shapes --durations=15 $(ARGS)
-	$(BIN)/pytest -m "compile or wrong_shapes" --durations=5 $(ARGS)
+	time $(BIN)/ruff format --check $(SOURCES)
+	time $(BIN)/ruff check $(SOURCES)
+	time $(BIN)/mypy $(SOURCES)
+	time $(BIN)/pytest --shapes --durations=15 $(ARGS)
+	time $(BIN)/pytest -m "compile or wrong_shapes" --durations=5 $(ARGS)
 	$(MAKE) docs
 
 docs: $(VENV)/installed-dev
 	rm -rf docs/_build
-	$(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --quiet -d docs/_build/doctrees docs docs/_build/html
+	time $(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --quiet -d docs/_build/doctrees docs docs/_build/html
 
 test-hosts: $(HOSTS:%=test-host-%)
 

@@ -35,5 +35,6 @@ autodoc_preserve_defaults = True
 napoleon_custom_sections = ["Reference"]
 napoleon_use_ivar = True
 
-# References into other projects would need their inventories from the network; those into rlstab must resolve.
-nitpick_ignore_regex = [("py:.*", r"(?!rlstab\b).*")]
+# References into other projects would need their inventories from the network; those into rlstab must resolve, but for
+# private base classes.
+nitpick_ignore_regex = [("py:.*", r"(?!rlstab\b).*"), ("py:class", r"rlstab\.([\w.]+\.)?_\w+")]
