@@ -25,13 +25,13 @@ def test_linear_goes_from_start_to_end_and_stays() -> None:
 
 def test_entropy_target_acts_at_or_below_its_target_only() -> None:
     controller = EntropyTarget(target=0.5, start=0.01, delta=0.005)
-    assert run(controller, [0.4, 0.5, 0.6, 0.6, 0.1]) == [0.01, 0.015, 0.02, 0.0, 0.0, 0.015]
+    assert run(controller, [0.4, 0.5, 0.6, 0.6, 0.1]) == [0.0, 0.015, 0.02, 0.0, 0.0, 0.015]
 
 
 def test_entropy_target_stays_within_its_bounds() -> None:
-    assert run(EntropyTarget(target=1.0, start=0.5, delta=0.3, max=1.0), [0.0] * 4) == [0.5, 0.8, 1.0, 1.0, 1.0]
+    assert run(EntropyTarget(target=1.0, start=0.5, delta=0.3, max=1.0), [0.0] * 4) == [0.0, 0.8, 1.0, 1.0, 1.0]
     falling = EntropyTarget(target=1.0, start=0.5, delta=0.3, min=0.1)
-    assert run(falling, [2.0, 2.0, 2.0, 0.5]) == [0.5, 0.0, 0.0, 0.0, 0.4]
+    assert run(falling, [2.0, 2.0, 2.0, 0.5]) == [0.0, 0.0, 0.0, 0.0, 0.4]
 
 
 CONTROLLERS: list[Controller] = [
