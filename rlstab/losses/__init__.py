@@ -38,6 +38,7 @@ from rlstab.losses._conflict import ConflictMask, ConflictWeight, EntropyFilter
 from rlstab.losses._controllers import Controller, EntropyTarget, Linear
 from rlstab.losses._covariance import KLCov, TopCovariance, covariance
 from rlstab.losses._entropy import EntropyBonus, KeptShare
+from rlstab.losses._exact import exact_kl
 from rlstab.losses._kl import KL, kl_estimate
 from rlstab.losses._mean import Mean
 from rlstab.losses._metrics import Hist, Max, Metric, Min, Sum, Total
@@ -146,6 +147,7 @@ __all__ = [
     "clipped_surrogate",
     "clustered_mean",
     "covariance",
+    "exact_kl",
     "gmpo_surrogate",
     "kl_estimate",
     "mismatch_rows",
