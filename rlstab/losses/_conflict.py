@@ -179,7 +179,8 @@ class EntropyFilter(Advantage):
     def compute(self, batch: TokenBatch) -> Float[Tensor, "N"] | Float[Tensor, "N T"]:
         """The adjusted advantages; 0 where there is no reward."""
         advantages = self.advantage.compute(batch)
-        entropies = (batch.statistic("entropy") * batch.loss_mask).sum(-1) / batch.loss_mask.sum(-1).clamp(min=1)
+        entropy = batch.statistic("entropy").detach()  # a reward, not a bonus: the policy gradient carries it
+        entropies = (entropy * batch.loss_mask).sum(-1) / batch.loss_mask.sum(-1).clamp(min=1)
         kept = (entropies <= self.threshold) & ~batch.column("rewards").isnan()
         if advantages.dim() == 2:
             entropies, kept = entropies.unsqueeze(-1), kept.unsqueeze(-1)

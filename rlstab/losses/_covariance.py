@@ -1,6 +1,6 @@
 """KL-Cov: a penalty on the few tokens that drive the entropy down."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -93,6 +93,7 @@ class KLCov(Term):
     Args:
         fraction: share of the step's tokens; 2e-3 for the paper's 7B, 2e-4 for its 32B model.
         over: `step`, which does not depend on how the step is split, or `micro_batch`, as in the released code.
+        selection: set by the part itself, the statistic that chooses the tokens.
 
     Metrics: `selected`, the share of tokens chosen.
 
@@ -115,11 +116,13 @@ class KLCov(Term):
 
     fraction: float = 2e-3
     over: Literal["step", "micro_batch"] = "step"
+    selection: TopCovariance = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_positive("KLCov.fraction", self.fraction)
         check_range("KLCov.fraction", self.fraction, 0, 1)
         check_choice("KLCov.over", self.over, ("step", "micro_batch"))
+        object.__setattr__(self, "selection", TopCovariance(fraction=self.fraction))
 
     @property
     def inert_on_policy(self) -> tuple[str, ...]:
@@ -127,20 +130,14 @@ class KLCov(Term):
         return ("KLCov",)
 
     @property
-    def selection(self) -> TopCovariance:
-        """The statistic that chooses the tokens."""
-        return TopCovariance(fraction=self.fraction)
-
-    @property
     def requires(self) -> frozenset[Requirement]:
         """Both log-probs, and the chosen tokens or what choosing them reads."""
         chosen = {self.selection.needed} if self.over == "step" else self.selection.requires
-        return super().requires | {LogProbs("policy"), LogProbs("old")} | chosen
+        return frozenset({LogProbs("policy"), LogProbs("old")}) | chosen
 
     def loss(self, batch: TokenBatch) -> Loss:
         """The distance to the old log-probs at the chosen tokens."""
-        selection = self.selection
-        chosen = batch.part(selection.key) if self.over == "step" else selection.compute(batch)
+        chosen = batch.part(self.selection.key) if self.over == "step" else self.selection.compute(batch)
         distance = (batch.logp("policy") - batch.logp("old")).abs()
         metrics = {"selected": token_mean(chosen.to(distance.dtype), batch.loss_mask)}
         return Loss(torch.where(chosen, distance, 0.0), metrics)

@@ -1,11 +1,45 @@
 """The entropy of the policy as a bonus."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from rlstab.batch import Requirement, TokenBatch, VocabStat
 from rlstab.losses._metrics import Sum
+from rlstab.losses._parts import StepStatistic
 from rlstab.losses._term import Loss, Term
 from rlstab.losses._weight import Weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptShare(StepStatistic):
+    """The share of an optimizer step's tokens that masks keep.
+
+    Args:
+        weights: the masks.
+
+    >>> import torch
+    >>> from rlstab.losses import TruncatedCompletions
+    >>> batch = TokenBatch(mask=torch.ones(4, 2), truncated=torch.tensor([True, False, False, False]))
+    >>> KeptShare(weights=(TruncatedCompletions(),)).compute(batch)
+    tensor(0.7500)
+    """
+
+    weights: tuple[Weight, ...]
+
+    def compute(self, batch: TokenBatch) -> Float[Tensor, ""]:
+        """Kept tokens over all tokens."""
+        return kept_tokens(self.weights, batch).sum() / batch.loss_mask.sum().clamp(min=1)
+
+
+def kept_tokens(weights: tuple[Weight, ...], batch: TokenBatch) -> Float[Tensor, "B T"]:
+    """1 for the tokens that all masks keep."""
+    kept = batch.loss_mask.float()
+    for weight in weights:
+        kept = kept * weight.factor(batch).values
+    return kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +49,9 @@ class EntropyBonus(Term):
     Unbiased: the entropy is the sum over the whole vocabulary, not an estimate from the sampled token.
 
     Args:
-        weights: masks of the tokens that get a bonus, such as `TopEntropy`. The mean is over the tokens they keep.
+        weights: masks of the tokens that get a bonus, such as `TopEntropy`. The mean is over the tokens they keep
+            (of the micro-batch where the mean is over that, else of the whole step).
+        share: set by the part itself, the step statistic that counts the kept tokens.
 
     Metrics: `entropy`, the mean over the tokens that get a bonus, in nats.
 
@@ -27,22 +63,25 @@ class EntropyBonus(Term):
     """
 
     weights: tuple[Weight, ...] = ()
+    share: KeptShare = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", tuple(self.weights))
+        object.__setattr__(self, "share", KeptShare(weights=self.weights))
 
     @property
     def requires(self) -> frozenset[Requirement]:
         """The entropy, and what the masks read."""
-        return super().requires | {VocabStat("entropy")}
+        counted = {self.share.needed} if self.weights and self.mean.over != "micro_batch" else set()
+        return super().requires | {VocabStat("entropy")} | counted
 
     def loss(self, batch: TokenBatch) -> Loss:
         """Minus the entropy of the tokens that are kept, scaled so that the mean is over those alone."""
         entropy = batch.statistic("entropy")
-        mask = batch.loss_mask.to(entropy.dtype)
-        kept = mask
-        for weight in self.weights:
-            kept = kept * weight.factor(batch).values
-        count = kept.sum()
-        share = mask.sum() / count.clamp(min=1) if self.weights else 1.0
-        return Loss(-entropy * kept * share, {"entropy": Sum((entropy.detach() * kept).sum(), count)})
+        kept = kept_tokens(self.weights, batch).to(entropy.dtype)
+        metrics = {"entropy": Sum((entropy.detach() * kept).sum(), kept.sum())}
+        if not self.weights:
+            return Loss(-entropy * kept, metrics)
+        local = self.mean.over == "micro_batch"
+        share = self.share.compute(batch) if local else batch.part(self.share.key)
+        return Loss(-entropy * kept / torch.where(share > 0, share, 1.0), metrics)

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -115,6 +115,7 @@ class TopEntropy(Weight):
         fraction: share of the tokens that stay; 0 keeps the highest entropy only.
         over: the tokens that are ranked together: `step` (the whole optimizer step: the same under any split), or
             `micro_batch` (one micro-batch of one process, as TRL does where there is one process).
+        threshold: set by the part itself, the step statistic that `over="step"` compares with.
 
     Metrics: `top_entropy/kept`, the share of the tokens that stay.
 
@@ -131,15 +132,12 @@ class TopEntropy(Weight):
 
     fraction: float
     over: Literal["step", "micro_batch"] = "step"
+    threshold: EntropyThreshold = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_range("TopEntropy.fraction", self.fraction, 0, 1)
         check_choice("TopEntropy.over", self.over, ("step", "micro_batch"))
-
-    @property
-    def threshold(self) -> EntropyThreshold:
-        """The step statistic that `over="step"` compares with."""
-        return EntropyThreshold(fraction=self.fraction)
+        object.__setattr__(self, "threshold", EntropyThreshold(fraction=self.fraction))
 
     @property
     def requires(self) -> frozenset[Requirement]:

@@ -1,0 +1,488 @@
+"""What every part of `rlstab.losses` promises. A new part joins by being exported."""
+
+import copy
+import inspect
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import FrozenInstanceError, dataclass, fields, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rlstab.losses
+from rlstab.batch import Column, LogProbs, Requirement, TokenBatch, VocabStat
+from rlstab.losses import (
+    Advantage,
+    GroupNorm,
+    Hist,
+    Metric,
+    Objective,
+    Part,
+    Prepared,
+    Ratio,
+    RolloutPart,
+    StepStatistic,
+    Term,
+    TopEntropy,
+    Weight,
+    prepared_parts,
+)
+
+# Arguments of parts that cannot be built without, and further forms of parts that take another path through their code.
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "EntropyBonus": [{}, {"weights": (TopEntropy(fraction=0.5),)}],
+    "EntropyThreshold": [{"fraction": 0.5}],
+    "GFPO": [{"k": 2}, {"k": 2, "metric": "reward_per_length"}],
+    "GPGAdvantage": [{}, {"norm": "std"}],
+    "GeometricRejection": [{"low": 0.9, "high": 1.1}],
+    "KeptShare": [{"weights": (TopEntropy(fraction=0.5),)}],
+    "KLCov": [{"fraction": 0.2}, {"fraction": 0.2, "over": "micro_batch"}],
+    "MaskedIS": [{"max": 2.0}, {"min": 0.5, "max": 5.0}],
+    "OffPolicySequenceMask": [{"delta": 0.1}],
+    "SigmaFilter": [{"advantage": GroupNorm()}],
+    "TopCovariance": [{"fraction": 0.2}],
+    "TopEntropy": [{"fraction": 0.5}],
+}
+# Means over the micro-batch depend on the split by definition.
+DEPENDS_ON_SPLIT = {"KLCov(over='micro_batch')"}
+
+
+def part_classes(*kinds: type[Part]) -> list[type[Part]]:
+    exported = [vars(rlstab.losses)[name] for name in rlstab.losses.__all__]
+    classes = [value for value in exported if inspect.isclass(value) and issubclass(value, kinds or (Part,))]
+    return [cls for cls in classes if cls is not Part and not inspect.isabstract(cls)]
+
+
+def name_of(part: Part) -> str:
+    """The class and the arguments that differ from their defaults."""
+    told = {f.name: part.__dict__.get(f.name) for f in fields(part) if f.name != "mean"}
+    chosen = [args for args in VARIANTS.get(type(part).__name__, []) if type(part)(**args) == part]
+    shown = ", ".join(f"{key}={told[key]!r}" for key in (chosen[0] if chosen else {}) if key != "fraction")
+    return f"{type(part).__name__}({shown})"
+
+
+def parts(*kinds: type[Part]) -> list[Any]:
+    """Every part of the given kinds in all its forms, as parameters of a test."""
+    made = [cls(**args) for cls in part_classes(*kinds) for args in VARIANTS.get(cls.__name__, [{}])]
+    return [pytest.param(part, id=name_of(part)) for part in made]
+
+
+# --- a batch that holds exactly what a part requires ---------------------------------
+
+
+@dataclass(frozen=True)
+class Data:
+    """Everything that can be asked for, before any of it is put into a batch."""
+
+    mask: Tensor
+    loss_mask: Tensor
+    logps: dict[str, Tensor]
+    vocab: dict[str, Tensor]
+    columns: dict[str, Tensor]
+
+    def to(self, dtype: torch.dtype) -> "Data":
+        return replace(
+            self,
+            logps={name: value.to(dtype) for name, value in self.logps.items()},
+            vocab={name: value.to(dtype) for name, value in self.vocab.items()},
+        )
+
+    def junk(self, value: float) -> "Data":
+        """The same with `value` wherever nothing is trained on, and foreign ids where there is no token."""
+
+        def fill(tensor: Tensor) -> Tensor:
+            return torch.where(self.loss_mask, tensor, value)
+
+        ids = torch.where(self.mask, self.columns["token_ids"], -(2**31))
+        return replace(
+            self,
+            logps={name: fill(tensor) for name, tensor in self.logps.items()},
+            vocab={name: fill(tensor) for name, tensor in self.vocab.items()},
+            columns={**self.columns, "token_ids": ids},
+        )
+
+    def leaves(self) -> dict[str, Tensor]:
+        """What gradient may flow to."""
+        return {"policy": self.logps["policy"], **self.vocab}
+
+
+def data_of(rows: int = 7, length: int = 6, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Data:
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    lengths = torch.randint(2, length + 1, (rows, 1), generator=generator) if length > 2 else torch.tensor([[length]])
+    mask = torch.arange(length) < lengths
+    tool = (torch.arange(length) == 1) & (torch.arange(rows).unsqueeze(-1) % 3 == 1) & (lengths > 2)
+    policy = -0.2 - 2 * torch.rand(rows, length, generator=generator, dtype=torch.float64)
+    sources = ("old", "sampler", "initial", "moving")
+    logps = {"policy": policy} | {source: (policy + 0.15 * noise(rows, length)).clamp(max=-0.01) for source in sources}
+    columns = {
+        "advantages": noise(rows),
+        "rewards": noise(rows),
+        "baseline": noise(rows),
+        "group": torch.tensor([4, 9, 4, 9, 4, 2, 4])[:rows],
+        "token_ids": torch.randint(0, 3, (rows, length), generator=generator),
+        "truncated": torch.arange(rows) == 2,
+    }
+    columns = {name: value.to(dtype) if value.is_floating_point() else value for name, value in columns.items()}
+    entropy = 0.1 + torch.rand(rows, length, generator=generator, dtype=torch.float64)
+    return Data(mask, mask & ~tool, logps, {"entropy": entropy}, columns).to(dtype)
+
+
+def batch_for(part: Part, data: Data) -> TokenBatch:
+    """A batch with what `part` requires and nothing else; rollout parts and step statistics have run on their own."""
+
+    def holding(requires: Iterable[Requirement], left: dict[str, Tensor]) -> TokenBatch:
+        requires = set(requires)
+        names = {type(need) for need in requires} - {LogProbs, VocabStat, Column, rlstab.losses.Needs}
+        assert not names, f"the contract test cannot supply {names}: teach it how"
+        keys = {need.part.key for need in requires if isinstance(need, rlstab.losses.Needs)}
+        columns = {need.name: data.columns[need.name] for need in requires if isinstance(need, Column)}
+        return TokenBatch(
+            mask=data.mask,
+            loss_mask=data.loss_mask,
+            logps={need.source: data.logps[need.source] for need in requires if isinstance(need, LogProbs)},
+            vocab={need.name: data.vocab[need.name] for need in requires if isinstance(need, VocabStat)},
+            parts={key: left[key] for key in keys},
+            **columns,  # type: ignore[arg-type]
+        )
+
+    left: dict[str, Tensor] = {}
+    for kind in (RolloutPart, StepStatistic):
+        for needed in prepared_parts(part.requires, kind):
+            left[needed.key] = needed.compute(holding(needed.requires, left)).detach()
+    batch = holding(part.requires, left)
+    return batch.replace(rows=part.rows) if isinstance(part, Term) else batch
+
+
+def output(part: Part, batch: TokenBatch) -> Tensor:
+    """What the part computes, unreduced."""
+    if isinstance(part, Term):
+        return part.loss(batch).values
+    if isinstance(part, Weight):
+        return part.factor(batch).values
+    if isinstance(part, Ratio):
+        return part.log_ratio(batch)
+    assert isinstance(part, Prepared), f"the contract test does not know what {type(part).__name__} computes: teach it"
+    return part.compute(batch)
+
+
+def reduced(part: Part, batch: TokenBatch) -> Tensor:
+    """One number that depends on everything the part computes for tokens that count."""
+    if isinstance(part, Term):
+        return Objective(term=part)(batch).loss
+    values = output(part, batch).to(torch.get_default_dtype())
+    return torch.where(batch.loss_mask, values, 0.0).sum() if values.dim() == 2 else values.sum()
+
+
+def metrics_of(part: Part, batch: TokenBatch) -> dict[str, Metric]:
+    if isinstance(part, Term):
+        return dict(part.loss(batch).metrics)
+    return dict(part.factor(batch).metrics) if isinstance(part, Weight) else {}
+
+
+def loss_and_gradients(part: Part, data: Data) -> tuple[Tensor, dict[str, Tensor]]:
+    """The reduced output, and its gradient at every leaf that it reaches."""
+    leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in data.leaves().items()}
+    held = replace(
+        data,
+        logps={**data.logps, "policy": leaves["policy"]},
+        vocab={name: leaves[name] for name in data.vocab},
+    )
+    loss = reduced(part, batch_for(part, held))
+    if not loss.requires_grad:
+        return loss, {}
+    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    return loss.detach(), {name: grad for name, grad in zip(leaves, found, strict=True) if grad is not None}
+
+
+# --- parts are values ----------------------------------------------------------------
+
+
+def test_every_part_is_exported() -> None:
+    def below(cls: type[Part]) -> Iterator[type[Part]]:
+        for sub in cls.__subclasses__():
+            yield sub
+            yield from below(sub)
+
+    own = {cls.__name__ for cls in below(Part) if cls.__module__.startswith("rlstab.losses.")}
+    assert {name for name in own if not name.startswith("_")} <= set(rlstab.losses.__all__)
+    assert len(part_classes(Term)) > 5
+
+
+@pytest.mark.parametrize("cls", part_classes(), ids=lambda cls: cls.__name__)
+def test_it_is_documented_with_an_example(cls: type[Part]) -> None:
+    assert cls.__doc__
+    assert not cls.__doc__.startswith(f"{cls.__name__}("), "the docstring is the one that dataclass makes"
+    assert ">>>" in cls.__doc__
+
+
+@pytest.mark.parametrize("part", parts())
+def test_it_is_a_value(part: Part) -> None:
+    for same in (copy.deepcopy(part), pickle.loads(pickle.dumps(part)), part.replace()):
+        assert same == part
+        assert hash(same) == hash(part)
+        assert repr(same) == repr(part)
+    for field in fields(part):
+        with pytest.raises(FrozenInstanceError):
+            setattr(part, field.name, None)
+    with pytest.raises(TypeError):
+        type(part)(1.0)  # type: ignore[call-arg]
+
+
+# --- what it computes ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", parts())
+def test_its_shape(part: Part) -> None:
+    data = data_of()
+    values = output(part, batch_for(part, data))
+    rows, length = data.mask.shape
+    allowed: list[tuple[int, ...]] = [(rows, length)]
+    if isinstance(part, Term | Weight | Ratio):
+        allowed += [(rows, 1)]
+    if isinstance(part, Term | Prepared):
+        allowed += [(rows,)]
+    if isinstance(part, StepStatistic):
+        allowed += [()]
+    assert tuple(values.shape) in allowed
+    assert values.isfinite().all()
+
+
+@pytest.mark.parametrize("part", parts())
+def test_gradient_flows_to_the_policy_alone(part: Part) -> None:
+    data = data_of()
+    for tensors in (data.logps, data.columns):
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point():
+                tensors[name] = tensor.clone().requires_grad_()
+    loss, gradients = loss_and_gradients(part, data)
+    if isinstance(part, Weight | Prepared):
+        assert not gradients
+    else:
+        assert any(gradient.any() for gradient in gradients.values())
+    for gradient in gradients.values():
+        assert gradient.isfinite().all()
+        assert not gradient[~data.loss_mask].any()
+    others = [t for tensors in (data.logps, data.columns) for t in tensors.values() if t.requires_grad]
+    if loss.requires_grad:
+        assert all(g is None for g in torch.autograd.grad(loss, others, allow_unused=True))
+
+
+@pytest.mark.parametrize("part", parts())
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf, torch.inf, 1e30])
+def test_what_is_not_trained_on_has_no_influence(part: Part, value: float) -> None:
+    data = data_of()
+    assert not data.mask.all()
+    assert not data.loss_mask[data.mask].all()
+    loss, gradients = loss_and_gradients(part, data)
+    junk_loss, junk_gradients = loss_and_gradients(part, data.junk(value))
+    torch.testing.assert_close(junk_loss, loss, rtol=0, atol=0)
+    torch.testing.assert_close(junk_gradients, gradients, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("part", parts())
+@pytest.mark.parametrize("kept", ["no token", "one row without tokens"])
+def test_an_empty_mask_is_finite(part: Part, kept: str) -> None:
+    data = data_of()
+    mask = data.mask.clone()
+    mask[slice(None) if kept == "no token" else 0] = False
+    loss, gradients = loss_and_gradients(part, replace(data, mask=mask, loss_mask=mask & data.loss_mask))
+    assert loss.isfinite() or isinstance(part, StepStatistic)  # a quantile of nothing is NaN
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    if kept == "no token":
+        assert not any(gradient.any() for gradient in gradients.values())
+        if isinstance(part, Term) and output(part, batch_for(part, data)).dim() == 2:
+            assert loss == 0
+
+
+@pytest.mark.parametrize("part", parts())
+def test_one_token(part: Part) -> None:
+    data = data_of(1, 1)
+    assert output(part, batch_for(part, data)).isfinite().all()
+    loss, gradients = loss_and_gradients(part, data)
+    assert loss.isfinite()
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("part", parts())
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes(part: Part, dtype: torch.dtype) -> None:
+    half = dtype in (torch.float16, torch.bfloat16)
+    data = data_of().to(dtype)
+    loss, gradients = loss_and_gradients(part, data)
+    reference, _ = loss_and_gradients(part, data.to(torch.float32))
+    if isinstance(part, Term):
+        assert loss.dtype == (torch.float32 if half else dtype)
+    torch.testing.assert_close(loss, reference, check_dtype=False, rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients.items():
+        assert gradient.dtype == dtype, name
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("part", parts())
+def test_it_reads_only_what_it_declares(part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`old` in particular: a batch without it would hand out the policy's own log-probs."""
+    batch = batch_for(part, data_of())
+    read: set[Requirement] = set()
+
+    def spy(name: str, requirement: Callable[[str], Requirement]) -> None:
+        method = getattr(TokenBatch, name)
+
+        def reading(self: TokenBatch, key: str) -> Tensor:
+            read.add(requirement(key))
+            return method(self, key)  # type: ignore[no-any-return]
+
+        monkeypatch.setattr(TokenBatch, name, reading)
+
+    spy("logp", LogProbs)
+    spy("column", Column)  # type: ignore[arg-type]
+    spy("statistic", VocabStat)  # type: ignore[arg-type]
+    output(part, batch)
+    assert read <= part.requires
+
+
+@pytest.mark.parametrize("part", parts(Term, Weight))
+def test_its_metrics_are_typed_detached_and_documented(part: Part) -> None:
+    data = data_of()
+    data.logps["policy"].requires_grad_()
+    data.vocab["entropy"].requires_grad_()
+    for name, metric in metrics_of(part, batch_for(part, data)).items():
+        assert isinstance(metric, Metric)
+        held = [getattr(metric, field.name) for field in fields(metric) if field.name != "edges"]
+        assert all(isinstance(tensor, Tensor) and not tensor.requires_grad for tensor in held)
+        assert all(tensor.dim() == (1 if isinstance(metric, Hist) else 0) for tensor in held)
+        assert metric.value().dim() == 0
+        assert name.isascii()
+
+
+@pytest.mark.parametrize("part", parts(Term, Weight))
+def test_its_metrics_of_a_split_merge_to_those_of_the_whole(part: Part) -> None:
+    if name_of(part) in DEPENDS_ON_SPLIT:
+        pytest.skip("depends on the split by definition")
+    batch = batch_for(part, data_of(dtype=torch.float64))
+    merged: dict[str, Metric] = {}
+    for micro in batch.split([3, 1, 3]):
+        for name, metric in metrics_of(part, micro).items():
+            merged[name] = merged[name].merge(metric) if name in merged else metric
+    for name, metric in metrics_of(part, batch).items():
+        torch.testing.assert_close({name: merged[name].value()}, {name: metric.value()})
+
+
+# --- terms ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", parts(Term))
+def test_its_coefficient_multiplies(part: Term) -> None:
+    data = data_of(dtype=torch.float64)
+    loss, gradients = loss_and_gradients(part, data)
+    tripled, tripled_gradients = loss_and_gradients(3 * part, data)
+    torch.testing.assert_close(tripled, 3 * loss)
+    torch.testing.assert_close(tripled_gradients, {name: 3 * g for name, g in gradients.items()})
+
+
+@pytest.mark.parametrize("part", parts(Term))
+@pytest.mark.parametrize("sizes", [[1] * 7, [3, 1, 3], [4, 3]])
+def test_any_split_of_a_step_gives_its_gradient(part: Term, sizes: list[int]) -> None:
+    if name_of(part) in DEPENDS_ON_SPLIT:
+        pytest.skip("depends on the split by definition")
+    data = data_of(dtype=torch.float64)
+    leaves = [leaf.requires_grad_() for leaf in data.leaves().values()]
+    batch, objective = batch_for(part, data), Objective(term=part)
+
+    def gradients(batches: list[TokenBatch]) -> list[Tensor]:
+        loss = torch.stack([objective(micro).loss for micro in batches]).sum()
+        found = torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=True)
+        return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
+
+    torch.testing.assert_close(gradients(batch.split(sizes)), gradients([batch]))
+
+
+@pytest.mark.parametrize("part", parts(Term))
+def test_gradients_add_to_those_of_another_term(part: Term) -> None:
+    data = data_of(dtype=torch.float64)
+    policy = data.logps["policy"].requires_grad_()
+    other = rlstab.losses.KL(estimator="k2", reference="moving", rows=part.rows)
+    both = Objective(first=part, second=0.5 * other)
+    holder = Both(one=part, two=other)
+    batch = batch_for(holder, data).replace(rows=part.rows)
+
+    def gradient(objective: Objective) -> Tensor:
+        leaves = [policy, *data.vocab.values()]
+        return torch.stack(
+            [
+                torch.zeros_like(policy) if g is None else g
+                for g in torch.autograd.grad(objective(batch).loss, leaves, allow_unused=True, retain_graph=True)
+            ]
+        )
+
+    data.vocab["entropy"].requires_grad_()
+    batch = batch_for(holder, data).replace(rows=part.rows)
+    torch.testing.assert_close(
+        gradient(both), gradient(Objective(first=part)) + gradient(Objective(second=0.5 * other))
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Both(Part):
+    """Requires what two parts require."""
+
+    one: Part
+    two: Part
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("part", parts(Term, Weight, Ratio))
+def test_it_compiles_without_a_break(part: Part) -> None:
+    data = data_of()
+    policy, entropy = data.logps["policy"].requires_grad_(), data.vocab["entropy"].requires_grad_()
+    batch = batch_for(part, data)
+
+    def loss_of(policy: Tensor, entropy: Tensor) -> Tensor:
+        logps = dict(batch.logps) | ({"policy": policy} if "policy" in batch.logps else {})
+        vocab = dict(batch.vocab) | ({"entropy": entropy} if "entropy" in batch.vocab else {})
+        return reduced(part, batch.replace(logps=logps, vocab=vocab))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager", dynamic=False)
+    expected = loss_of(policy, entropy)
+    torch.testing.assert_close(compiled(policy, entropy), expected)
+    if expected.requires_grad:
+        grads = [
+            torch.autograd.grad(f(policy, entropy), (policy, entropy), allow_unused=True) for f in (compiled, loss_of)
+        ]
+        for ours, eager in zip(*grads, strict=True):
+            torch.testing.assert_close(
+                torch.zeros(()) if ours is None else ours, torch.zeros(()) if eager is None else eager
+            )
+
+
+# --- rollout parts -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", parts(RolloutPart))
+def test_rows_may_come_in_any_order(part: RolloutPart) -> None:
+    data = data_of(dtype=torch.float64)
+    order = torch.tensor([5, 2, 6, 0, 4, 1, 3])
+    batch = batch_for(part, data)
+    torch.testing.assert_close(part.compute(batch.select(order)), part.compute(batch)[order])
+
+
+@pytest.mark.parametrize("part", parts(RolloutPart))
+def test_a_row_without_reward_changes_nothing_for_others(part: RolloutPart) -> None:
+    if Column("rewards") not in part.requires:
+        pytest.skip("reads no rewards")
+    data = data_of(dtype=torch.float64)
+    rewards = data.columns["rewards"].clone()
+    rewards[[2, 5]] = torch.nan
+    batch = batch_for(part, replace(data, columns={**data.columns, "rewards": rewards}))
+    values = part.compute(batch)
+    assert values.isfinite().all()
+    scored = ~rewards.isnan()
+    torch.testing.assert_close(values[scored], part.compute(batch.select(scored)))
+    if isinstance(part, Advantage):
+        assert not values[~scored].any()
