@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from rlstab.errors import MissingFieldError, ShapeError
@@ -76,7 +76,7 @@ class TokenBatch:
     with `vocab`. NaN inside stays: a sampler's NaN marks a token it could not score.
 
     Args:
-        mask: real completion tokens (no padding).
+        mask: real completion tokens (no padding); bool, or numbers that are made bool.
         loss_mask: tokens that are trained on, a subset of `mask` (no tool output); `mask` if not given.
         logps: log-probs in nats of the tokens, by source (see `LogProbs`).
         advantages: per row or per token.
@@ -105,8 +105,8 @@ class TokenBatch:
     True
     """
 
-    mask: Bool[Tensor, "B T"]
-    loss_mask: Bool[Tensor, "B T"] = None  # type: ignore[assignment]  # filled from `mask`
+    mask: Shaped[Tensor, "B T"]
+    loss_mask: Shaped[Tensor, "B T"] = None  # type: ignore[assignment]  # filled from `mask`
     logps: Mapping[str, Float[Tensor, "B T"]] = field(default_factory=dict)
     advantages: Float[Tensor, "B"] | Float[Tensor, "B T"] | None = None
     rewards: Float[Tensor, "B"] | None = None

@@ -45,7 +45,7 @@ class Groups:
 
     def centre(self, values: Float[Tensor, "N"], weights: Float[Tensor, "N"] | None = None) -> Float[Tensor, "N"]:
         """Difference to the group's mean, or weighted mean: exactly 0 in a group whose values are all equal."""
-        weights = torch.ones_like(values) if weights is None else weights.to(values.dtype)
+        weights = torch.ones_like(values) if weights is None else weights
         lowest = torch.full_like(values, torch.inf).scatter_reduce(
             0, self.index, torch.where(self.scored, values, torch.inf), "amin"
         )[self.index]
@@ -205,7 +205,7 @@ class OPO(GroupAdvantage):
 
     def advantages(self, rewards: Float[Tensor, "N"], groups: Groups, batch: TokenBatch) -> Float[Tensor, "N"]:
         """The difference to the length-weighted mean."""
-        return groups.centre(rewards, weights=batch.loss_mask.sum(-1))
+        return groups.centre(rewards, weights=batch.loss_mask.sum(-1).to(rewards.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -222,7 +222,7 @@ def test_group_norm_equals_the_hosts_formula() -> None:
 
 def test_groups_weighted_centre() -> None:
     groups = Groups(index=torch.tensor([0, 0, 1]), scored=torch.tensor([True, True, False]))
-    centred = groups.centre(torch.tensor([1.0, 5.0, 2.0]), weights=torch.tensor([3, 1, 1]))
+    centred = groups.centre(torch.tensor([1.0, 5.0, 2.0]), weights=torch.tensor([3.0, 1.0, 1.0]))
     assert centred.tolist() == [-1.0, 3.0, 2.0]
     assert groups.size().tolist() == [2.0, 2.0, 0.0]
     assert groups.number(torch.tensor([True, True, False])) == 1

@@ -1,4 +1,4 @@
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -87,6 +87,7 @@ def test_the_behaviour_policy_is_the_first_that_was_recorded() -> None:
         assert batch.behaviour("initial") == "initial"
 
 
+@pytest.mark.wrong_shapes
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -122,8 +123,12 @@ def test_missing_fields_say_how_to_get_them() -> None:
 
 
 def test_every_column_is_a_field() -> None:
-    for name in ("advantages", "rewards", "baseline", "truncated"):
-        assert TokenBatch(mask=MASK, **{Column(name).name: torch.ones(2)}).column(name).shape == (2,)  # type: ignore[arg-type]
+    columns = {"advantages": torch.ones(2), "rewards": torch.ones(2), "baseline": torch.ones(2)}
+    columns |= {"group": torch.arange(2), "truncated": torch.ones(2) > 0, "token_ids": torch.ones(2, 3).long()}
+    assert set(get_args(get_type_hints(Column)["name"])) == set(columns)
+    batch = TokenBatch(mask=MASK, **columns)  # type: ignore[arg-type]
+    for name, value in columns.items():
+        torch.testing.assert_close(batch.column(name), value)
 
 
 def test_advantages_get_a_token_axis() -> None:

@@ -115,7 +115,8 @@ def test_row_order_and_padding_do_not_matter() -> None:
 
 def test_left_padding_is_padding() -> None:
     right = batch_of([[1, 2, 3], [1, 3]], [1.0, 0.0])
-    left = right.replace(mask=right.mask.flip(-1), loss_mask=None, token_ids=torch.tensor([[1, 2, 3], [99, 1, 3]]))
+    flipped = right.mask.flip(-1)
+    left = right.replace(mask=flipped, loss_mask=flipped, token_ids=torch.tensor([[1, 2, 3], [99, 1, 3]]))
     expected = ConflictMask().compute(right)
     runs = ConflictMask().compute(left)
     assert runs[0].tolist() == expected[0].tolist() == [1, 0, 1]

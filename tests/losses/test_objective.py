@@ -185,7 +185,7 @@ def test_controllers_set_the_coefficient_and_are_saved() -> None:
     resumed = build()
     resumed.load_state_dict(objective.state_dict())
     assert resumed.state_dict() == objective.state_dict()
-    assert float(resumed.terms["drift"].weight) == 0.75
+    assert float(resumed.terms["drift"].coefficient) == 0.75
     with pytest.raises(ConfigError, match=r"controllers of \['calm', 'drift'\].*at \[\]"):
         Objective(policy=Reward()).load_state_dict(objective.state_dict())
 
