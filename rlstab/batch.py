@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlstab.errors import MissingFieldError, ShapeError
 
-__all__ = ["Column", "Count", "LogProbs", "Requirement", "Scope", "TokenBatch", "VocabStat"]
+__all__ = ["COLUMNS", "Column", "Count", "LogProbs", "Requirement", "Scope", "TokenBatch", "VocabStat"]
 
 Scope = Literal["step", "generation", "micro_batch"]
 
@@ -173,8 +173,8 @@ class TokenBatch:
 
     def column(self, name: str) -> Tensor:
         """The optional field `name`, or an error that says what is missing."""
-        if name not in _COLUMNS:
-            raise MissingFieldError(f"{name!r} is no column of a TokenBatch: expected one of {sorted(_COLUMNS)}")
+        if name not in COLUMNS:
+            raise MissingFieldError(f"{name!r} is no column of a TokenBatch: expected one of {sorted(COLUMNS)}")
         value: Tensor | None = self.__dict__[name]
         if value is None:
             raise MissingFieldError(
@@ -223,7 +223,7 @@ class TokenBatch:
 
         counts = {scope: self.count(scope) for scope in ("step", "generation")} | dict(self.counts)
         return self.replace(
-            **{name: take(self.__dict__[name]) for name in ("mask", "loss_mask", *_COLUMNS)},
+            **{name: take(self.__dict__[name]) for name in ("mask", "loss_mask", *COLUMNS)},
             **{
                 name: {key: take(value) for key, value in self.__dict__[name].items()}
                 for name in ("logps", "vocab", "parts")
@@ -239,7 +239,7 @@ class TokenBatch:
         return [self.select(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
 
 
-_COLUMNS = ("advantages", "rewards", "baseline", "group", "token_ids", "truncated")
+COLUMNS = ("advantages", "rewards", "baseline", "group", "token_ids", "truncated")
 
 
 def _clean(values: Tensor, mask: Tensor) -> Tensor:

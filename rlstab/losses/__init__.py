@@ -41,7 +41,7 @@ from rlstab.losses._entropy import EntropyBonus, KeptShare
 from rlstab.losses._exact import exact_kl
 from rlstab.losses._kl import KL, kl_estimate
 from rlstab.losses._mean import Mean
-from rlstab.losses._metrics import Hist, Max, Metric, Min, Sum, Total
+from rlstab.losses._metrics import Hist, Max, Metric, Min, Sum, Total, token_mean
 from rlstab.losses._mismatch import clustered_mean, mismatch_rows, mismatch_values
 from rlstab.losses._objective import Objective, ObjectiveLoss, TermReport
 from rlstab.losses._parts import Needs, Part, Prepared, RolloutPart, StepStatistic, prepared_parts, run_parts
@@ -158,5 +158,6 @@ __all__ = [
     "run_parts",
     "sapo_surrogate",
     "term_name",
+    "token_mean",
     "vespo_weight",
 ]

@@ -98,6 +98,11 @@ class EntropyTarget(Controller):
             raise ConfigError(f"EntropyTarget.start: expected a value in [{self.min}, {self.max}], got {self.start}")
         self._level = self.start
 
+    @property
+    def level(self) -> float:
+        """The coefficient that is applied while the entropy is low."""
+        return self._level
+
     def observe(self, step: int, metrics: Mapping[str, float]) -> None:
         """Move the level against the entropy of the step."""
         if "entropy" not in metrics:

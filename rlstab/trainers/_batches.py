@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlstab.batch import Count, TokenBatch
+from rlstab.batch import COLUMNS, Count, TokenBatch
 
 __all__ = ["MODEL_KEYS", "completion_masks", "gather_batch", "model_inputs", "token_batch"]
 
@@ -32,7 +32,6 @@ HOST_LOGPS = {
     "rlstab_moving_logps": "moving",
 }
 PART = "rlstab_part:"
-COLUMNS = ("advantages", "rewards", "group", "token_ids", "truncated")
 
 
 def completion_masks(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

@@ -25,9 +25,9 @@ from rlstab.losses import (
     prepared_parts,
     presets,
     term_name,
+    token_mean,
     warn_overflow,
 )
-from rlstab.losses._metrics import token_mean
 from rlstab.record import RunFolder
 from rlstab.trainers import _arguments, _batches, _checkpoint, _host_metrics, _signals
 from rlstab.trainers._host import GRPOConfig, GRPOTrainer, RepeatSampler, disable_gradient_checkpointing
@@ -157,8 +157,9 @@ class StableGRPOTrainer(GRPOTrainer):
         return sources & {"initial", "moving"}
 
     def _check_supply(self) -> None:
-        needs_sampler = LogProbs("sampler") in self._needs
-        if needs_sampler and not self.use_vllm and self.rollout_func is None:
+        own_generation = type(self)._generate_single_turn is not StableGRPOTrainer._generate_single_turn
+        returns_logps = self.use_vllm or self.rollout_func is not None or own_generation
+        if LogProbs("sampler") in self._needs and not returns_logps:
             raise ConfigError(
                 "the objective reads the sampler's log-probs, but generation with transformers returns none: set "
                 "use_vllm=True, pass a rollout_func that returns 'logprobs', or drop the part that needs them"
@@ -344,6 +345,7 @@ class StableGRPOTrainer(GRPOTrainer):
 
     def _log_host_metrics(self, result: ObjectiveLoss, batch: TokenBatch) -> None:
         metrics = _host_metrics.host_metrics(self._host_keys, result, batch)
+        metrics |= _host_metrics.policy_loss(self.objective, result, self._accumulation())
         for key, value in reduce_metrics(metrics, self.accelerator).items():
             self._host_log(key, value)
 
@@ -367,6 +369,8 @@ class StableGRPOTrainer(GRPOTrainer):
         if self.signals.drift and (step - 1) % self.signals.drift_every == 0:
             values |= self._drift.measure(self._buffered_inputs[(self._step - 1) % self.args.steps_per_generation])
         self.objective.observe(step, by_term)
+        for level in _host_metrics.entropy_coefficients(self.objective):
+            self._host_log("entropy_coef", level)
         self._recorder.close_step(values)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:

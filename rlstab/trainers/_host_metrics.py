@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from rlstab.batch import TokenBatch
-from rlstab.losses import CISPO, KL, VESPO, ClippedSurrogate, Max, Metric, Min, Objective, ObjectiveLoss
-from rlstab.losses._metrics import token_mean
+from rlstab.losses import (
+    CISPO,
+    KL,
+    VESPO,
+    ClippedSurrogate,
+    Controller,
+    EntropyBonus,
+    EntropyTarget,
+    Metric,
+    Objective,
+    ObjectiveLoss,
+    Sum,
+    token_mean,
+)
 
 __all__ = ["HostKey", "host_keys", "host_metrics"]
 
@@ -48,3 +62,25 @@ def host_metrics(keys: list[HostKey], result: ObjectiveLoss, batch: TokenBatch) 
     """The metrics of one micro-batch under the host's names."""
     metrics = {key.host: result.terms[key.term].metrics[key.metric] for key in keys}
     return metrics | {"entropy": token_mean(batch.statistic("entropy"), batch.loss_mask)}
+
+
+def policy_loss(objective: Objective, result: ObjectiveLoss, accumulation: float) -> dict[str, Metric]:
+    """The loss without the entropy bonus, which the host logs where there is one, before its division by accumulation."""
+    if not any(isinstance(term, EntropyBonus) for term in objective.terms.values()):
+        return {}
+    values = [
+        result.terms[name].weight * result.terms[name].loss * (accumulation if term.mean.over == "micro_batch" else 1.0)
+        for name, term in objective.terms.items()
+        if not isinstance(term, EntropyBonus)
+    ]
+    total = torch.stack(values).sum()
+    return {"policy_loss": Sum(total, torch.ones_like(total))}
+
+
+def entropy_coefficients(objective: Objective) -> list[float]:
+    """The coefficients of the entropy bonuses as the host logs them: a controller's level, applied or not."""
+    coefficients = [term.coef for term in objective.terms.values() if isinstance(term, EntropyBonus)]
+    return [
+        c.level if isinstance(c, EntropyTarget) else float(c.value if isinstance(c, Controller) else c)
+        for c in coefficients
+    ]

@@ -47,9 +47,10 @@ def _cases() -> dict[str, Case]:
         for name in ("grpo", "dapo", "cispo")
     }
     cases |= {
-        f"{name}-kl": Case(f"loss_type={name}, beta", {"loss_type": name, "beta": 0.5, **twice})
-        for name in ("grpo", "dapo", "cispo", "vespo", "luspo")
+        f"{name}-kl": Case(f"loss_type={name}, beta", {"loss_type": name, "beta": 0.1, **twice})
+        for name in ("grpo", "dapo", "cispo", "luspo")
     }
+    cases["vespo-kl"] = Case("loss_type=vespo, beta", {"loss_type": "vespo", "beta": 0.1, "learning_rate": 1e-3, **twice})
     cases |= {
         f"dapo-{mode}": Case(
             f"sampler correction {mode}",
@@ -67,10 +68,10 @@ def _cases() -> dict[str, Case]:
     sequence = {"importance_sampling_level": "sequence"}
     cases |= {
         "gspo": Case("GSPO", {"loss_type": "grpo", **sequence, **twice}),
-        "gspo-kl": Case("GSPO, beta", {"loss_type": "grpo", "beta": 0.5, **sequence, **twice}),
+        "gspo-kl": Case("GSPO, beta", {"loss_type": "grpo", "beta": 0.1, **sequence, **twice}),
         "luspo-sequence": Case("LUSPO at sequence level", {"loss_type": "luspo", **sequence, **twice}),
         "cispo-sequence": Case("CISPO at sequence level", {"loss_type": "cispo", **sequence, **twice}),
-        "kl-uncorrected": Case("beta without bias correction", {"beta": 0.5, "use_bias_correction_kl": False, **twice}),
+        "kl-uncorrected": Case("beta without bias correction", {"beta": 0.1, "use_bias_correction_kl": False, **twice}),
         "asymmetric-clip": Case("epsilon, epsilon_high", {"epsilon": 0.01, "epsilon_high": 0.02, **twice}),
         "two-sided-clip": Case("delta", {"epsilon": 0.01, "delta": 1.03, **twice}),
         "off-policy-mask": Case("off-policy sequence mask", {"off_policy_mask_threshold": 1e-3, **twice}),
@@ -106,7 +107,7 @@ def _cases() -> dict[str, Case]:
         "batch-scaled-rewards": Case("rewards scaled by the batch", {"scale_rewards": "batch", **twice}),
         "moe": Case("mixture of experts with auxiliary loss", dict(twice), moe=True),
         "peft": Case("LoRA adapters", dict(twice), peft=True),
-        "peft-kl": Case("LoRA adapters, beta", {"beta": 0.5, **twice}, peft=True),
+        "peft-kl": Case("LoRA adapters, beta", {"beta": 0.1, **twice}, peft=True),
         "tool-mask": Case("tokens of tools masked", dict(twice), tools=True),
         "evaluation": Case("evaluation between steps", {"eval_strategy": "steps", "eval_steps": 2, **twice}, evaluate=True),
     }
