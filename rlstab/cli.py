@@ -15,12 +15,12 @@ __all__ = ["main"]
 MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130
 WIDTH_OF_A_FILE = 160
 
-TRAIN_FLAGS = ("--help", "--keys", "--resume")
+TRAIN_FLAGS = ("--help", "--list-keys", "--resume")
 TRAIN_HELP = """\
 Train as a recipe says. Every key of the recipe can be overridden by its dotted path, as in
 --trainer.learning_rate=1e-4, --objective.terms.drift.coef=0.1 or --output runs/a; values are YAML.
 The keys of a recipe are model, task, objective, advantage, adapter, warmup, evaluation, signals,
-trainer, prompts, output, seed and threads; --keys lists what stands below them."""
+trainer, prompts, output, seed and threads; --list-keys lists what stands below them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             words, overrides = _split_overrides(words)
         chosen = _parser().parse_args(words or ["--help"])
         if chosen.command == "train":
-            return _train(chosen.train.recipe, overrides, resume=chosen.train.resume, keys=chosen.train.keys)
+            return _train(chosen.train.recipe, overrides, resume=chosen.train.resume, list_keys=chosen.train.list_keys)
         return _report(chosen.report.run) if chosen.command == "report" else _methods()
     except ArgumentError as error:
         return _fail(" ".join(str(error).split()), MISTAKE)
@@ -57,7 +57,7 @@ def _parser() -> ArgumentParser:
     train = ArgumentParser(description=TRAIN_HELP)
     train.add_argument("recipe", type=str, nargs="?", help="YAML file")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the recipe's output")
-    train.add_argument("--keys", action="store_true", help="list the keys of a recipe, and stop")
+    train.add_argument("--list-keys", action="store_true", help="list the keys of a recipe, and stop")
     report = ArgumentParser(
         description="Write plots and report.html of a run anew, and print the table before → after."
     )
@@ -96,14 +96,17 @@ def _split_overrides(words: Sequence[str]) -> tuple[list[str], list[tuple[str, s
     return own, overrides
 
 
-def _train(recipe: str | None, overrides: Sequence[tuple[str, str]], *, resume: bool, keys: bool) -> int:
+def _train(recipe: str | None, overrides: Sequence[tuple[str, str]], *, resume: bool, list_keys: bool) -> int:
+    from transformers.utils import logging
+
     from rlstab.recipes import read_recipe, recipe_parser, run_recipe
 
-    if keys:
+    if list_keys:
         recipe_parser().print_help()
         return 0
     if recipe is None:
         raise RecipeError("rlstab train: no recipe given, as in: rlstab train configs/quickstart.yaml")
+    logging.disable_progress_bar()  # the run shows its own
     outcome = run_recipe(read_recipe(recipe, overrides, resume=resume), resume=resume)
     return INTERRUPTED if outcome.interrupted else 0
 

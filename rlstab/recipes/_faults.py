@@ -1,7 +1,7 @@
 """Why a recipe is refused: finds the innermost value that does not fit, and says what would.
 
-jsonargparse decides what fits; this only searches. A value is refused if parsing it as its type, or building it, fails;
-the fault lies in the deepest value for which that holds while all values inside it fit, or in a name that does not exist.
+jsonargparse decides what fits; this only searches. A value is refused if parsing it as its type, or building it,
+fails; the fault lies in a name that does not exist, or in the deepest value that is refused while all inside it fit.
 """
 
 import inspect

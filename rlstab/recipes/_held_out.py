@@ -1,4 +1,4 @@
-"""What a policy does on held-out prompts, as numbers by metric key: pass@k, reward, entropy, length, KL to the start."""
+"""What a policy does on held-out prompts, as numbers by metric key."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -36,7 +36,7 @@ def held_out_kl(
     max_new_tokens: int,
     seed: int,
 ) -> Estimate:
-    r"""How far a policy has moved: mean over tokens of $\mathrm{KL}(\pi(\cdot|\text{prefix})\|\pi_0(\cdot|\text{prefix}))$.
+    r"""How far a policy has moved: the mean over tokens of $\mathrm{KL}(\pi(\cdot|s) \| \pi_0(\cdot|s))$, $s$ the prefix.
 
     Exact over the vocabulary, at the prefixes of one completion per prompt sampled from the policy. The global random
     state and the models' modes are left as they were.

@@ -11,7 +11,7 @@ from rlstab.errors import ConfigError
 from rlstab.models import tiny_causal_lm, tiny_moe, tiny_tokenizer
 from rlstab.tasks import EmbeddedTask, Task
 
-__all__ = ["LoadedModel", "LoRA", "ModelSource", "PretrainedModel", "TinyModel"]
+__all__ = ["LoRA", "LoadedModel", "ModelSource", "PretrainedModel", "TinyModel"]
 
 
 class LoadedModel(NamedTuple):

@@ -61,7 +61,7 @@ class Recipe:
         adapter: train low-rank updates instead of the weights.
         warmup: supervised warm-up on the task's demonstrations; None starts from the model as it is.
         evaluation: evaluation on held-out prompts.
-        signals: what the trainer measures beside the loss.
+        signals: what the trainer measures beside the loss; None for nothing.
         trainer: arguments of the host's `GRPOConfig` by name; output folder and seed are the recipe's own.
         prompts: number of training prompts, drawn once; training goes through them again and again.
         output: run folder; None stands for a new one below `runs/` when a recipe file is read.
@@ -76,7 +76,7 @@ class Recipe:
     adapter: LoRA | None = None
     warmup: WarmUp | None = None
     evaluation: HeldOut = HeldOut()
-    signals: Signals = Signals()
+    signals: Signals | None = field(default_factory=Signals)
     trainer: Mapping[str, Any] = field(default_factory=dict)
     prompts: int = 4096
     output: Path | None = None

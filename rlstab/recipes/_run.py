@@ -16,12 +16,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
-from rlstab.errors import ConfigError, RlstabError
+from rlstab.errors import ConfigError, RecipeError, RlstabError
 from rlstab.recipes._evaluate import evaluate
 from rlstab.recipes._held_out import held_out_kl, metric_values
 from rlstab.recipes._interrupt import GracefulStop
 from rlstab.recipes._models import LoadedModel, PretrainedModel
 from rlstab.recipes._reading import ReadRecipe
+from rlstab.recipes._recipe import Recipe
 from rlstab.recipes._tree import changed_keys
 from rlstab.recipes._warmup import warm_up
 from rlstab.record import RunFolder
@@ -32,6 +33,7 @@ from rlstab.trainers import GRPOConfig, ProgressCallback, StableGRPOTrainer, lat
 __all__ = ["Outcome", "run_recipe"]
 
 KL_PROMPTS = 64
+STARTING_POINT = ("model", "task", "warmup", "adapter", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,19 +68,19 @@ def run_recipe(read: ReadRecipe, *, resume: bool = False, console: Console | Non
         ConfigError: something in the recipe cannot be honoured.
         RecordError: the run folder exists already (or does not, to resume), or cannot be written.
     """
-    console = console or Console()
     main = int(os.environ.get("RANK", "0")) == 0
-    if not main:
-        console.quiet = True
-    if read.recipe.threads is not None:
-        torch.set_num_threads(read.recipe.threads)
-    run = _Run(read, _open_folder(read, resume, console) if main else None, console)
+    console = (console or Console()) if main else Console(quiet=True)
+    recipe, output = read.recipe, _output(read)
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    args = _trainer_arguments(recipe, output)
+    run = _Run(recipe, args, output, _open_folder(read, resume, console) if main else None, console)
     try:
         interrupted = run.go(resume=resume)
     except KeyboardInterrupt:
         interrupted = True
     if run.folder is None:
-        return Outcome(folder=RunFolder.open(run.output), interrupted=interrupted)
+        return Outcome(folder=RunFolder.open(output), interrupted=interrupted)
     run.folder.append_event("interrupted" if interrupted else "finished")
     _conclude(run.folder, interrupted, console)
     return Outcome(folder=run.folder, interrupted=interrupted)
@@ -90,10 +92,23 @@ def _open_folder(read: ReadRecipe, resume: bool, console: Console) -> RunFolder:
         return RunFolder.create(output, config_text=read.text)
     load = get_loader("yaml")
     before = load(RunFolder.open(output).config_text())
+    for key, (old, new) in changed_keys(before, load(read.text)).items():
+        if key.split(".")[0] in STARTING_POINT:
+            raise RecipeError(
+                f"{key}: the policy that the run started from depends on it; expected {old!r}, got {new!r}: "
+                "start a new run with another --output"
+            )
     folder = RunFolder.create(output, config_text=read.text, exist_ok=True)
     for key, (old, new) in changed_keys(before, load(folder.config_text())).items():
         console.print(f"resumed with another {key}: {old} → {new}", highlight=False)
     return folder
+
+
+def _trainer_arguments(recipe: Recipe, output: Path) -> GRPOConfig:
+    with _host_errors():
+        return GRPOConfig(
+            **recipe.trainer, output_dir=str(output / "checkpoints"), seed=recipe.seed, disable_tqdm=True
+        )
 
 
 def _conclude(folder: RunFolder, interrupted: bool, console: Console) -> None:
@@ -117,18 +132,14 @@ def _conclude(folder: RunFolder, interrupted: bool, console: Console) -> None:
 class _Run:
     """The parts of a run in the order in which they are needed; `folder` is None on all ranks but the first."""
 
-    def __init__(self, read: ReadRecipe, folder: RunFolder | None, console: Console) -> None:
-        self.recipe = read.recipe
-        self.output = _output(read)
+    def __init__(
+        self, recipe: Recipe, args: GRPOConfig, output: Path, folder: RunFolder | None, console: Console
+    ) -> None:
+        self.recipe = recipe
+        self.args = args
+        self.output = output
         self.folder = folder
         self.console = console
-        with _host_errors():
-            self.args = GRPOConfig(
-                **self.recipe.trainer,
-                output_dir=str(self.output / "checkpoints"),
-                seed=self.recipe.seed,
-                disable_tqdm=True,
-            )
 
     def go(self, *, resume: bool) -> bool:
         """Evaluate, train, evaluate; return whether training was interrupted."""

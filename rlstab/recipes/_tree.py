@@ -36,7 +36,7 @@ def load_tree(path: Path) -> Tree:
     """The content of a recipe file.
 
     Raises:
-        RecipeError: there is no such file, it is not YAML, a key stands twice, or it holds something else than a mapping.
+        RecipeError: there is no such file, it is not YAML, a key stands twice, or it holds no mapping.
     """
     try:
         text = path.read_text("utf-8")
