@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from rlstab.errors import RecordError
 from rlstab.record import Event, Rollout, RunFolder
 from rlstab.report._css import STYLE
 from rlstab.report._plots import PLOTS, Plot, png
-from rlstab.report._run import Run, known, read
+from rlstab.report._run import Run, known, numbers, read
 from rlstab.report._style import DARK, LIGHT, Palette
 from rlstab.report._summary import amount, change, summarise, title
 from rlstab.report._verdict import missing, verdict
@@ -40,6 +40,12 @@ def write_report(folder: RunFolder) -> Path:
 
     Raises:
         RecordError: A file cannot be read or written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     write_report(RunFolder.create(f"{place}/run", config_text="seed: 0")).name
+        'report.html'
     """
     text = page(read(folder))
     try:
@@ -137,41 +143,42 @@ def _data_uri(run: Run, plot: Plot, palette: Palette) -> str:
 
 
 def _samples(run: Run) -> str:
+    """Return completions before and after by prompt: those of the evaluations, else of the first and the last step."""
     rows = run.rollouts.rows
-    if not rows:
+    evaluated = [row for row in rows if row.fields.get("phase") in ("before", "after")]
+    shown = evaluated or rows
+    if not shown:
         return ""
-    first, last = rows[0].step, rows[-1].step
-    before, after = _of_step(rows, first), _of_step(rows, last) if last != first else {}
+    first, last = shown[0].step, shown[-1].step
+    before, after = _of_step(shown, first), _of_step(shown, last) if last != first else {}
     prompts = [prompt for prompt in before if prompt in after]
     prompts += [prompt for prompt in (*before, *after) if prompt not in prompts]
     cards = [
         _card(
             f"<dl><dt>prompt</dt><dd><pre>{escape(_cut(prompt))}</pre></dd>"
-            f"{_completion(f'step {first}', before.get(prompt))}{_completion(f'step {last}', after.get(prompt))}</dl>"
+            f"{_completion(before.get(prompt))}{_completion(after.get(prompt))}</dl>"
         )
         for prompt in prompts[:_SAMPLES]
     ]
     return f'<div class="samples">{"".join(cards)}</div>'
 
 
-def _of_step(rows: Sequence[Rollout], step: int) -> dict[str, Mapping[str, object]]:
+def _of_step(rows: Sequence[Rollout], step: int) -> dict[str, Rollout]:
     """Return the first completion of every prompt at one step."""
-    found: dict[str, Mapping[str, object]] = {}
+    found: dict[str, Rollout] = {}
     for row in rows:
         if row.step == step:
-            found.setdefault(_text(row.fields.get("prompt", "")), row.fields)
+            found.setdefault(_text(row.fields.get("prompt", "")), row)
     return found
 
 
-def _completion(when: str, fields: Mapping[str, object] | None) -> str:
-    if fields is None:
+def _completion(row: Rollout | None) -> str:
+    if row is None:
         return ""
-    reward = fields.get("reward")
-    scored = f" · reward {reward:.3g}" if isinstance(reward, int | float) else ""
-    return (
-        f"<dt>{escape(str(fields.get('phase', 'completion')))}, {when}{scored}</dt>"
-        f"<dd><pre>{escape(_cut(_text(fields.get('completion', ''))))}</pre></dd>"
-    )
+    rewards = {"reward": row.fields.get("reward"), **numbers(row.fields.get("rewards"))}
+    scores = "".join(f" · {name} {value:.3g}" for name, value in rewards.items() if isinstance(value, int | float))
+    heading = f"{row.fields.get('phase', 'completion')}, step {row.step}{scores}"
+    return f"<dt>{escape(heading)}</dt><dd><pre>{escape(_cut(_text(row.fields.get('completion', ''))))}</pre></dd>"
 
 
 def _text(value: object) -> str:

@@ -57,6 +57,14 @@ def write_plots(folder: RunFolder) -> list[Path]:
 
     Raises:
         RecordError: A file cannot be read or written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     folder = RunFolder.create(f"{place}/run", config_text="seed: 0")
+        ...     folder.append_metrics(1, {"train/reward": 0.25})
+        ...     [file.name for file in write_plots(folder)]
+        ['reward.png']
     """
     run = read(folder)
     written: list[Path] = []

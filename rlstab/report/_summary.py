@@ -88,8 +88,20 @@ def summary(folder: RunFolder) -> list[SummaryRow]:
     Args:
         folder: The run.
 
+    Returns:
+        One row a metric, in the order of the table.
+
     Raises:
         RecordError: A file of the folder cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     folder = RunFolder.create(f"{place}/run", config_text="seed: 0")
+        ...     folder.append_event("evaluation", step=0, phase="before", values={"eval/pass@1": 0.25})
+        ...     folder.append_event("evaluation", step=9, phase="after", values={"eval/pass@1": 0.75})
+        ...     [(row.name, row.before, row.after, row.judgement) for row in summary(folder)]
+        [('pass@1', 0.25, 0.75, 'better')]
     """
     return summarise(read(folder))
 
@@ -103,6 +115,19 @@ def print_summary(folder: RunFolder, console: Console) -> None:
 
     Raises:
         RecordError: A file of the folder cannot be read.
+
+    Example:
+        >>> import sys, tempfile
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     folder = RunFolder.create(f"{place}/run", config_text="seed: 0")
+        ...     folder.append_event("evaluation", step=9, phase="after", values={"eval/pass@1": 0.75})
+        ...     print_summary(folder, Console(file=sys.stdout, width=60))
+        run: before → after
+        <BLANKLINE>
+                 before    after   change
+         ─────────────────────────────────
+         pass@1       –   75.0 %        –
+        <BLANKLINE>
     """
     run = read(folder)
     styles = {"better": "bold green", "worse": "bold red", "not clear": "yellow", "": ""}

@@ -29,7 +29,8 @@ def strict(file: Path) -> list[Any]:
 def test_metrics_come_back_exactly_and_every_line_is_standard_json(folder: RunFolder) -> None:
     values = {"a": 0.1 + 0.2, "b": 5e-324, "c": -0.0, "d": float("inf"), "e": float("-inf"), "f": 1 << 60, "g": 1.0}
     folder.append_metrics(1, values)
-    folder.append_metrics(2, {"a": float("nan"), "h": np.float32(0.1), "i": np.int64(3)})
+    of_numpy: dict[str, Any] = {"a": np.float64("nan"), "h": np.float32(0.1), "i": np.int64(3)}
+    folder.append_metrics(2, of_numpy)
     first, second = folder.metrics().rows
     assert dict(first.values) == values
     assert str(first.values["c"]) == "-0.0"

@@ -85,7 +85,11 @@ def test_a_line_of_junk_anywhere_is_skipped_and_counted(
 
 
 @pytest.mark.parametrize(
-    "line", [b"{}", b"[]", b"3", b'{"step": 1}', b'{"step":"1","time":0,"attempt":0}', b"\xff\xfe{"]
+    "line",
+    [
+        *(b"{}", b"[]", b"3", b"\xff\xfe{", b'{"step": 1}', b'{"step":"1","time":0,"attempt":0}'),
+        b'{"step":1,"time":0,"attempt":0,"x":NaN}',
+    ],
 )
 def test_lines_of_others_are_skipped_and_counted(new_folder: Callable[[], RunFolder], line: bytes) -> None:
     folder = new_folder()
@@ -121,12 +125,13 @@ while True:
 """
 
 
-def kill_when(ready: Callable[[], bool], arguments: list[str]) -> None:
-    """Start the writer, and kill it without warning as soon as `ready`."""
+def kill_when_grown(file: Path, growth: int, arguments: list[str]) -> None:
+    """Start the writer, and kill it without warning as soon as the file has grown."""
+    size = file.stat().st_size if file.exists() else 0
     child = subprocess.Popen([sys.executable, "-c", WRITER, *arguments])
     deadline = time.monotonic() + 60
     try:
-        while not ready():
+        while not file.exists() or file.stat().st_size < size + growth:
             assert child.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.001)
@@ -137,13 +142,9 @@ def kill_when(ready: Callable[[], bool], arguments: list[str]) -> None:
 
 def test_kill_9_and_resume(new_folder: Callable[[], RunFolder]) -> None:
     folder = new_folder()
-    file = folder.path / "metrics.jsonl"
     start = 0
     for _ in range(3):
-        size = file.stat().st_size if file.exists() else 0
-        kill_when(
-            lambda size=size: file.exists() and file.stat().st_size > size + 200_000, [str(folder.path), str(start)]
-        )  # type: ignore[misc]
+        kill_when_grown(folder.path / "metrics.jsonl", 200_000, [str(folder.path), str(start)])
         metrics = RunFolder.open(folder.path).metrics()
         reached = metrics.rows[-1].step
         assert [row.step for row in metrics.rows] == list(range(1, reached + 1))

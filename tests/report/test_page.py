@@ -123,6 +123,18 @@ def test_samples_pair_prompts_and_shorten(empty_run: RunFolder) -> None:
     assert '[{"role": "user", "content": "hé"}]' in text
 
 
+def test_completions_of_the_evaluations_come_before_those_of_training(full_run: RunFolder) -> None:
+    full_run.append_rollouts(100, [{"prompt": "503912=", "completion": "trained", "rewards": {"exact": 0.5}}])
+    assert "trained" not in document(full_run).text
+
+
+def test_completions_of_training_show_each_reward(empty_run: RunFolder) -> None:
+    empty_run.append_rollouts(
+        1, [{"prompt": "p", "completion": "c", "rewards": {"exact": 0.5, "format": 1, "x": None}}]
+    )
+    assert "completion, step 1 · exact 0.5 · format 1c" in document(empty_run).text
+
+
 def test_one_recorded_step_is_shown_once(empty_run: RunFolder) -> None:
     empty_run.append_rollouts(4, [{"prompt": "p", "completion": "c", "reward": 0.5}])
     assert document(empty_run).text.count("completion, step 4 · reward 0.5") == 1

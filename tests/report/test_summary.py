@@ -49,6 +49,11 @@ def test_judgement_follows_direction_and_uncertainty(empty_run: RunFolder) -> No
     assert rows["eval/reward"].judgement == "not clear"
 
 
+def test_less_is_better_where_the_schema_says_so() -> None:
+    row = SummaryRow(key="mismatch/f2", name="F(2)", measured="training", before=0.1, after=0.01)
+    assert row.judgement == "better"
+
+
 def test_first_before_and_last_after_count(empty_run: RunFolder) -> None:
     empty_run.append_event("evaluation", step=0, phase="before", values={"eval/reward": 0.1})
     rows = evaluated(empty_run, {"eval/reward": 0.2}, {"eval/reward": 0.3})
