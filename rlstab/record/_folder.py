@@ -46,9 +46,10 @@ class RunFolder:
 
     Example:
         >>> import tempfile
-        >>> folder = RunFolder.create(Path(tempfile.mkdtemp()) / "run", config_text="seed: 0")
-        >>> folder.append_metrics(1, {"train/reward": 0.5, "train/grad_norm": float("inf")})
-        >>> folder.metrics().rows[0].values
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     folder = RunFolder.create(f"{place}/run", config_text="seed: 0")
+        ...     folder.append_metrics(1, {"train/reward": 0.5, "train/grad_norm": float("inf")})
+        ...     folder.metrics().rows[0].values
         {'train/reward': 0.5, 'train/grad_norm': inf}
     """
 
