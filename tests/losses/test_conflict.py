@@ -52,7 +52,7 @@ def test_vector() -> None:
     runs = ConflictMask().compute(batch)
     torch.testing.assert_close(runs.abs(), double(expected["fwd_run"]) + double(expected["bwd_run"]))
     for overlap in ("max", "product"):  # no token lies in both runs here
-        weights = weights_of(ConflictWeight(overlap=overlap), batch)  # type: ignore[arg-type]
+        weights = weights_of(ConflictWeight(overlap=overlap), batch)
         torch.testing.assert_close(weights * batch.mask, double(expected["lam"]))
     advantages = EntropyFilter(threshold=0.7).compute(batch)
     torch.testing.assert_close(advantages, double(expected["adjusted_advantages"]))
@@ -63,7 +63,7 @@ def test_vector_of_the_whole_loss() -> None:
     batch, expected = from_vector(vector), vector["expected"]
     logp = torch.full(batch.shape, -1.0, dtype=torch.float64, requires_grad=True)
     batch = batch.replace(logps={"policy": logp}, advantages=EntropyFilter(threshold=0.7).compute(batch))
-    objective = Objective(policy=ClippedSurrogate(weights=[ConflictWeight()]).mean("sequence"))
+    objective = Objective(policy=ClippedSurrogate(weights=(ConflictWeight(),)).mean("sequence"))
     loss, terms = objective(run_parts(objective.requires, batch))
     loss.backward()
     torch.testing.assert_close(loss.detach(), double(expected["loss_mean_over_group"]))

@@ -93,4 +93,4 @@ def test_unknown_units_are_refused(unit: Any) -> None:
 
 def test_unknown_scopes_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"mean\.over: expected 'step'.*'epoch'"):
-        KLCov().mean(over="epoch")
+        KLCov().mean(over="epoch")  # type: ignore[arg-type]

@@ -263,7 +263,7 @@ def train_as_one_of_two(rank: int, folder: str, sizes: list[int]) -> None:
 
 @pytest.mark.parametrize("sizes", [[8], [3, 1, 4]], ids=str)
 def test_two_processes_give_the_gradient_of_one(tmp_path: Path, sizes: list[int]) -> None:
-    spawn(train_as_one_of_two, args=(str(tmp_path), sizes), nprocs=2)  # type: ignore[no-untyped-call]
+    spawn(train_as_one_of_two, args=(str(tmp_path), sizes), nprocs=2)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     assert len({os.getpid(), *(rank["process"] for rank in ranks)}) == 3
     assert [rank["world"] for rank in ranks] == [2, 2]
