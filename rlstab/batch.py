@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -19,7 +19,10 @@ from rlstab.errors import MissingFieldError, ShapeError
 
 __all__ = ["COLUMNS", "Column", "Count", "LogProbs", "Requirement", "Scope", "TokenBatch", "VocabStat"]
 
+#: What a mean counts: the whole optimizer step, the generation batch, or the micro-batch at hand.
 Scope = Literal["step", "generation", "micro_batch"]
+#: The optional fields of a `TokenBatch` with one row per completion.
+COLUMNS = ("advantages", "rewards", "baseline", "group", "token_ids", "truncated")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,32 @@ class VocabStat(Requirement):
     """A statistic of the policy's full distribution at each position, as `batch.vocab[name]`, with gradient."""
 
     name: Literal["entropy"]
+
+
+class Generator(Protocol):
+    """A divergence of two distributions over the vocabulary, hashable and told apart by `name`."""
+
+    @property
+    def name(self) -> str:
+        """The divergence and its parameters."""
+
+    def over_vocabulary(
+        self, logp: Float[Tensor, "*shape V"], ref_logp: Float[Tensor, "*shape V"]
+    ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape V"]]:
+        """The divergence and its derivative in each entry of `logp`, taken as free variables; without gradient."""
+
+
+@dataclass(frozen=True)
+class ExactDivergence(Requirement):
+    """A divergence of the policy's full distribution from that of `source`, as `batch.vocab[key]`, with gradient."""
+
+    generator: Generator
+    source: str
+
+    @property
+    def key(self) -> str:
+        """Its name in `batch.vocab`: the same for equal generators and sources."""
+        return f"{self.generator.name} from {self.source}"
 
 
 @dataclass(frozen=True)
@@ -237,9 +266,6 @@ class TokenBatch:
             raise ShapeError(f"sizes: expected a sum of {self.mask.shape[0]} rows, got {list(sizes)}")
         ends = torch.tensor(list(sizes)).cumsum(0).tolist()
         return [self.select(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
-
-
-COLUMNS = ("advantages", "rewards", "baseline", "group", "token_ids", "truncated")
 
 
 def _clean(values: Tensor, mask: Tensor) -> Tensor:

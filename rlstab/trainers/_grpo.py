@@ -13,7 +13,7 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from rlstab.batch import Count, LogProbs, Requirement, TokenBatch, VocabStat
+from rlstab.batch import Column, Count, LogProbs, Requirement, TokenBatch, VocabStat
 from rlstab.errors import ConfigError
 from rlstab.losses import (
     Objective,
@@ -29,7 +29,9 @@ from rlstab.losses import (
     warn_overflow,
 )
 from rlstab.record import RunFolder
+from rlstab.rollouts import Engine
 from rlstab.trainers import _arguments, _batches, _checkpoint, _host_metrics, _signals
+from rlstab.trainers._generation import EngineFactory, Generation
 from rlstab.trainers._host import GRPOConfig, GRPOTrainer, RepeatSampler, disable_gradient_checkpointing
 from rlstab.trainers._log import StepLog, reduce_metrics
 from rlstab.trainers._recorder import Recorder
@@ -64,6 +66,8 @@ class StableGRPOTrainer(GRPOTrainer):
         advantage: rollout part that turns rewards into advantages. Default: the objective's own, else the host's.
         signals: what is measured beside the loss, or None for nothing. Default: `Signals()`.
         run: run folder to write metrics, sampled completions and events into.
+        engine: what samples the completions, or what makes it from policy and tokenizer, such as `TransformersEngine`:
+            the sampler's log-probs then come back with every token. Default: the host's generation.
         **host: every other argument of the host (`train_dataset`, `processing_class`, `peft_config`, ...).
 
     Raises:
@@ -97,6 +101,7 @@ class StableGRPOTrainer(GRPOTrainer):
         advantage: RolloutPart | None = None,
         signals: Signals | None = Signals(),  # noqa: B008  # frozen
         run: RunFolder | None = None,
+        engine: Engine | EngineFactory | None = None,
         **host: Any,
     ) -> None:
         args = args if args is not None else GRPOConfig(_default_output_dir(model))
@@ -111,6 +116,7 @@ class StableGRPOTrainer(GRPOTrainer):
             super().__init__(model, reward_funcs, args, **host)
         self.beta = 0.0
         self._references.prepare(self, model)
+        self._generation = Generation(self, engine) if engine is not None else None
         self._check_supply()
         if objective is not None:
             _arguments.notice_inert_parts(self.objective, args)
@@ -157,12 +163,18 @@ class StableGRPOTrainer(GRPOTrainer):
         return sources & {"initial", "moving"}
 
     def _check_supply(self) -> None:
+        if Column("baseline") in self._needs:
+            raise ConfigError(
+                "the advantage reads a baseline per completion (the reward of a greedy completion, for ReMax), which this "
+                "trainer does not produce: use GroupCenter() or LeaveOneOut(), or fill the column in a trainer of your own"
+            )
         own_generation = type(self)._generate_single_turn is not StableGRPOTrainer._generate_single_turn
-        returns_logps = self.use_vllm or self.rollout_func is not None or own_generation
+        returns_logps = self.use_vllm or self.rollout_func or self._generation or own_generation
         if LogProbs("sampler") in self._needs and not returns_logps:
             raise ConfigError(
-                "the objective reads the sampler's log-probs, but generation with transformers returns none: set "
-                "use_vllm=True, pass a rollout_func that returns 'logprobs', or drop the part that needs them"
+                "the objective reads the sampler's log-probs, but generation with transformers returns none: pass "
+                "engine=TransformersEngine, set use_vllm=True, pass a rollout_func that returns 'logprobs', or drop the "
+                "part that needs them"
             )
 
     # ------------------------------------------------------------------ phase 1: a whole generation
@@ -194,6 +206,22 @@ class StableGRPOTrainer(GRPOTrainer):
         if training:
             self._recorder.on_rollouts(inputs, output)
         return output
+
+    def _generate_single_turn(
+        self,
+        prompt_ids: Any,
+        images: Any,
+        multimodal_fields: Any,
+        num_generations: int,
+        has_tool_images: bool = False,
+    ) -> Any:
+        if self._generation is None:
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, has_tool_images=has_tool_images
+            )
+        if images is not None:
+            raise ConfigError("engine=...: this engine adapter takes no images yet: leave engine unset for image inputs")
+        return self._generation(prompt_ids)
 
     def _total_rewards(self) -> Tensor:
         assert self._reward_matrix is not None
