@@ -50,6 +50,9 @@ class Mean:
             self, unit: Unit = "token", *, over: Literal["step", "generation", "micro_batch"] = "step"
         ) -> Any: ...
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mean) and (self.unit, self.over) == (other.unit, other.over)
+
     def reduce(self, loss: Float[Tensor, "B T"] | Float[Tensor, "B"], batch: TokenBatch) -> Float[Tensor, ""]:
         """This micro-batch's share of the mean: shares of a scope add up to it."""
         count = batch.count(self.over)

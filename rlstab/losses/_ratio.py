@@ -15,17 +15,17 @@ from rlstab.losses._parts import Part
 
 def ratio_limit(dtype: torch.dtype) -> float:
     """The log-ratio at which `ratio_of` stops: half the range of `dtype`, so that a product of two ratios is finite."""
-    return math.log(torch.finfo(dtype).max) / 2
+    return (math.log(torch.finfo(dtype).max) - 1) / 2
 
 
 def ratio_of(log_ratio: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """`exp(log_ratio)`, held at `exp(ratio_limit)` with gradient 0 beyond (1.8e19 in float32).
+    """`exp(log_ratio)`, held at `exp(ratio_limit)` with gradient 0 beyond (1.1e19 in float32).
 
     An infinite ratio would turn the gradient of all parameters into NaN as soon as a clip or mask multiplies it by 0.
 
     >>> import torch
     >>> ratio_of(torch.tensor([0.0, 500.0]))
-    tensor([1.0000e+00, 1.8447e+19])
+    tensor([1.0000e+00, 1.1189e+19])
     """
     return log_ratio.clamp(max=ratio_limit(log_ratio.dtype)).exp()
 
