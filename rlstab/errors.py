@@ -9,6 +9,8 @@ RlstabError
 ├── MissingFieldError (KeyError)     a part reads a field that the batch does not hold
 ├── SchemaError (KeyError)           a metric key that `rlstab.schema` does not know
 ├── RewardError (ValueError)         rewards or verifiers that do not give one finite number, or None, per completion
+├── EngineError (RuntimeError)       a rollout engine that cannot do what it was asked
+│   └── WeightSyncError              weights that an engine cannot take
 ├── RecordError (OSError)            a run folder that cannot be written or read
 └── HostError (ImportError)          an installed TRL that rlstab was not tested with
 ```
@@ -18,6 +20,7 @@ Each also inherits the standard error that a caller would expect, so `except Val
 __all__ = [
     "CompositionError",
     "ConfigError",
+    "EngineError",
     "HostError",
     "MissingFieldError",
     "RecipeError",
@@ -26,6 +29,7 @@ __all__ = [
     "RlstabError",
     "SchemaError",
     "ShapeError",
+    "WeightSyncError",
 ]
 
 
@@ -70,6 +74,14 @@ class RecordError(RlstabError, OSError):
 
 class RewardError(RlstabError, ValueError):
     """A batch that cannot be scored, or a verifier that returned no finite number."""
+
+
+class EngineError(RlstabError, RuntimeError):
+    """A rollout engine that is closed, broken, or asked for something it cannot do."""
+
+
+class WeightSyncError(EngineError):
+    """Weights that do not fit the engine's model, or that are older than those it has."""
 
 
 class HostError(RlstabError, ImportError):

@@ -1,8 +1,32 @@
-"""Rollout engines and worker pools: empty so far, rollouts are those of the host trainer."""
+"""Rollout engines: completions with the log-prob and the weight version of every token, behind one small interface."""
 
 if __name__ != "rlstab.rollouts":
     raise ImportError(
         f"this room is rlstab.rollouts; as {__name__!r} it would be a second copy: import rlstab.rollouts"
     )
 
-__all__: list[str] = []
+from rlstab.rollouts._engine import Engine, Health
+from rlstab.rollouts._kept import KeptSets, renormalised_logprobs
+from rlstab.rollouts._request import Request, Sampling, Truncation
+from rlstab.rollouts._rollout import NOT_SAMPLED, FinishReason, Rollout, Timing, Turn, join_turns
+from rlstab.rollouts._transformers import TransformersEngine
+from rlstab.rollouts._weights import ModelWeights, WeightSource
+
+__all__ = [
+    "NOT_SAMPLED",
+    "Engine",
+    "FinishReason",
+    "Health",
+    "KeptSets",
+    "ModelWeights",
+    "Request",
+    "Rollout",
+    "Sampling",
+    "Timing",
+    "TransformersEngine",
+    "Truncation",
+    "Turn",
+    "WeightSource",
+    "join_turns",
+    "renormalised_logprobs",
+]

@@ -1,0 +1,210 @@
+"""Continuous batching on the forward of a transformers model: finished rows leave the batch, waiting prompts join it.
+
+`generate_batch` of transformers does not serve here: on a CPU it is twenty times slower than `generate`, and it draws
+all rows from one random stream, so that a completion depends on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlstab.rollouts._answer import Answer, record
+from rlstab.rollouts._draw import Draw, draw, uniforms
+from rlstab.rollouts._request import Sampling
+from rlstab.rollouts._rows import RowCache, Rows, empty_cache, join_rows
+
+IDLE_SHARE = 4
+"""Rows are exchanged once one in so many is done: seldom enough to copy little, often enough to waste little."""
+
+ROOM = 64
+"""Fewest columns of room that a cache is given, unless its rows cannot need as many."""
+
+
+class _State(NamedTuple):
+    """Where each row of the batch stands."""
+
+    token_ids: Tensor  # drawn last, not yet in the cache
+    positions: Tensor  # of that token: as many tokens are in the cache
+    prompt_sizes: Tensor
+    limits: Tensor
+    streams: Tensor
+    done: Tensor
+
+    @property
+    def drawn(self) -> Tensor:
+        """Number of tokens drawn so far."""
+        return self.positions - self.prompt_sizes + 1
+
+    def take(self, index: Tensor) -> _State:
+        return _State(*(tensor[index] for tensor in self))
+
+
+class _Part(NamedTuple):
+    """Rows on their way into a batch."""
+
+    answers: list[Answer]
+    state: _State
+    rows: Rows
+
+
+@dataclass
+class _Batch:
+    """Rows that are decoded together, right-aligned in the first `columns` columns of the cache."""
+
+    answers: list[Answer]
+    state: _State
+    cache: RowCache
+    attending: Tensor
+    columns: int
+
+    @property
+    def full(self) -> bool:
+        return self.columns == self.attending.shape[1]
+
+
+class Decoder:
+    """Answers requests with a model whose cache is made of plain attention layers.
+
+    Args:
+        model: the model, in evaluation mode.
+        sampling: how to draw.
+        stop_ids: tokens that end a completion.
+        slots: most rows decoded at once.
+        prefill_tokens: most prompt tokens, padding included, that go through the model at once (a longer prompt goes
+            alone).
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, sampling: Sampling, stop_ids: Tensor, *, slots: int, prefill_tokens: int
+    ) -> None:
+        self._model = model
+        self._sampling = sampling
+        self._stop_ids = stop_ids
+        self._slots = slots
+        self._prefill_tokens = prefill_tokens
+        routed = model.config.get_text_config(decoder=True).to_dict().get("output_router_logits", False)
+        # The load-balancing loss that a trainer asks for cannot be computed from a cache.
+        self._options = {"output_router_logits": False} if routed else {}
+
+    @torch.no_grad()
+    def run(self, answers: Iterable[Answer]) -> None:
+        """Answer all of them, in place."""
+        waiting = deque(answers)
+        batch = self._exchange(None, waiting)
+        while batch is not None:
+            self._decode(batch)
+            batch = self._exchange(batch, waiting)
+
+    def _exchange(self, batch: _Batch | None, waiting: deque[Answer]) -> _Batch | None:
+        """Let finished rows go, fill their places, and make room for more columns; None when all is done."""
+        parts = [] if batch is None else list(_unfinished(batch))
+        free = self._slots - sum(len(part.answers) for part in parts)
+        parts += self._prefill([waiting.popleft() for _ in range(min(free, len(waiting)))])
+        if not parts:
+            return None
+        state = _State(*map(torch.cat, zip(*(part.state for part in parts), strict=True)))
+        width = max(part.rows.width for part in parts)
+        needed = int((state.limits - state.drawn).max())
+        capacity = width + min(needed, max(ROOM, width // 2))
+        columns = torch.arange(capacity, device=state.positions.device)
+        return _Batch(
+            answers=[answer for part in parts for answer in part.answers],
+            state=state,
+            cache=join_rows([part.rows for part in parts], capacity=capacity),
+            attending=columns >= width - state.positions[:, None],
+            columns=width,
+        )
+
+    def _decode(self, batch: _Batch) -> None:
+        """Draw until enough rows are done to exchange them, or until there is no room left."""
+        before, draws, clock = batch.state.positions, list[Draw](), list[float]()
+        enough = -(-len(batch.answers) // IDLE_SHARE)
+        while not batch.full and int(batch.state.done.sum()) < enough:
+            state = batch.state
+            batch.columns += 1
+            mask = batch.attending[:, : batch.columns]
+            logits = self._forward(state.token_ids[:, None], mask, state.positions[:, None], batch.cache)
+            drawn = draw(logits, uniforms(state.streams, state.drawn), self._sampling)
+            batch.state = self._marked(
+                state._replace(token_ids=drawn.token_ids, positions=state.positions + ~state.done)
+            )
+            draws.append(drawn)
+            clock.append(time.perf_counter())
+        record(batch.answers, draws, (batch.state.positions - before).tolist(), clock)
+
+    def _prefill(self, answers: Sequence[Answer]) -> Iterator[_Part]:
+        """Put prompts through the model, each once however many requests share it, and draw the first tokens."""
+        sharing: dict[tuple[int, ...], list[Answer]] = {}
+        for answer in answers:
+            answer.started = time.perf_counter()
+            sharing.setdefault(answer.prompt, []).append(answer)
+        for prompts in _chunks(sorted(sharing, key=len), self._prefill_tokens):
+            rows = [(answer, index) for index, prompt in enumerate(prompts) for answer in sharing[prompt]]
+            yield self._start(prompts, [answer for answer, _ in rows], [index for _, index in rows])
+
+    def _start(self, prompts: Sequence[tuple[int, ...]], answers: list[Answer], index: list[int]) -> _Part:
+        device = self._model.device
+        width = max(map(len, prompts))
+        padded = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+        sizes = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        positions = torch.arange(width, device=device) - (width - sizes)[:, None]
+        cache = empty_cache(self._model.config)
+        logits = self._forward(padded, positions >= 0, positions.clamp(min=0), cache)
+        rows = torch.tensor(index, device=device)
+        streams = torch.tensor([answer.stream for answer in answers], device=device)
+        drawn = draw(logits[rows], uniforms(streams, torch.zeros_like(streams)), self._sampling)
+        record(answers, [drawn], [1] * len(answers), [time.perf_counter()])
+        state = _State(
+            token_ids=drawn.token_ids,
+            positions=sizes[rows],
+            prompt_sizes=sizes[rows],
+            limits=torch.tensor([answer.limit for answer in answers], device=device),
+            streams=streams,
+            done=torch.zeros_like(rows, dtype=torch.bool),
+        )
+        return _Part(answers, self._marked(state), Rows(cache, rows, width))
+
+    def _forward(self, token_ids: Tensor, mask: Tensor, positions: Tensor, cache: RowCache) -> Tensor:
+        logits: Tensor = self._model(
+            input_ids=token_ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **self._options,
+        ).logits
+        return logits[:, -1]
+
+    def _marked(self, state: _State) -> _State:
+        """The state with the rows marked that their last token finished."""
+        finished = torch.isin(state.token_ids, self._stop_ids) | (state.drawn >= state.limits)
+        return state._replace(done=state.done | finished)
+
+
+def _unfinished(batch: _Batch) -> Iterator[_Part]:
+    index = (~batch.state.done).nonzero().squeeze(-1)
+    if len(index):
+        state = batch.state.take(index)
+        answers = [batch.answers[row] for row in index.tolist()]
+        yield _Part(answers, state, Rows(batch.cache, index, int(state.positions.max())))
+
+
+def _chunks(prompts: Sequence[tuple[int, ...]], tokens: int) -> Iterator[list[tuple[int, ...]]]:
+    """Cut prompts of ascending length into pieces of at most `tokens` tokens, padding included."""
+    chunk: list[tuple[int, ...]] = []
+    for prompt in prompts:
+        if chunk and (len(chunk) + 1) * len(prompt) > tokens:
+            yield chunk
+            chunk = []
+        chunk.append(prompt)
+    if chunk:
+        yield chunk

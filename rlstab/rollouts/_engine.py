@@ -1,0 +1,94 @@
+"""The interface that every rollout engine has."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from rlstab.rollouts._request import Request, Sampling
+from rlstab.rollouts._rollout import Rollout
+from rlstab.rollouts._weights import WeightSource
+
+__all__ = ["Engine", "Health"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Health:
+    """The state of an engine.
+
+    Args:
+        alive: it can generate.
+        engine: its id.
+        weight_version: version of the weights it samples with.
+        detail: what is wrong, or "".
+    """
+
+    alive: bool
+    engine: str
+    weight_version: int
+    detail: str = ""
+
+
+class Engine(ABC):
+    """Samples completions and takes new weights. A context manager: leaving the block closes it."""
+
+    @property
+    @abstractmethod
+    def id(self) -> str:
+        """Name of the engine in rollouts and events."""
+
+    @property
+    @abstractmethod
+    def weight_version(self) -> int:
+        """Version of the weights it samples with: that of the last `sync_weights`, 0 before the first."""
+
+    @property
+    @abstractmethod
+    def shares_weights(self) -> bool:
+        """Does it sample with the very tensors that are trained? Such an engine cannot be stale."""
+
+    @abstractmethod
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+        """Continue every prompt.
+
+        Args:
+            requests: the prompts, any number.
+            sampling: how to draw.
+
+        Returns:
+            One rollout per request, in their order, none missing.
+
+        Raises:
+            EngineError: if a request cannot be answered; nothing is returned then.
+        """
+
+    @abstractmethod
+    def sync_weights(self, source: WeightSource, version: int) -> None:
+        """Take the weights of `source`, and forget whatever was computed with the old ones.
+
+        Args:
+            source: the trainer's weights.
+            version: their version, which every token sampled from now on carries; it never decreases.
+
+        Raises:
+            WeightSyncError: if the weights do not fit, or the version is older than the present one.
+        """
+
+    @abstractmethod
+    def health(self) -> Health:
+        """The state of the engine, without waiting for requests in flight; never raises."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what the engine holds. Closing twice is fine; generating afterwards is an error."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
