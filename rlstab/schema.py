@@ -21,7 +21,10 @@ from rlstab.errors import SchemaError
 __all__ = ["SIGNALS", "Direction", "Reduction", "Signal", "signal"]
 
 Direction = Literal["higher", "lower", "none"]
+"""Which way of a signal is good."""
+
 Reduction = Literal["mean", "sum", "max", "min", "last"]
+"""How the values of a signal join."""
 
 
 @dataclass(frozen=True)
