@@ -1,0 +1,55 @@
+"""Logarithms that stay accurate where their argument is near 0, and finite where it would overflow."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+LARGE = 80.0  # exp(LARGE) still fits float32
+SERIES_BELOW = 0.1
+SERIES_TERMS = 11
+
+
+def log1mexp(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    r"""$\log(1 - e^{-|x|})$; $\log|e^x - 1|$ is this plus $\max(x, 0)$.
+
+    >>> log1mexp(torch.tensor([-torch.inf, 0.0, 0.6931472]))
+    tensor([ 0.0000,    -inf, -0.6931])
+    """
+    return torch.log(-torch.expm1(-x.abs()))
+
+
+def log_mix(x: Float[Tensor, "*shape"], share: float, rest: float) -> Float[Tensor, "*shape"]:
+    r"""$\log(\text{rest} + \text{share} \cdot e^x)$ where the two add up to 1. Differentiable.
+
+    >>> log_mix(torch.tensor([0.0, 200.0]), 0.5, 0.5)
+    tensor([  0.0000, 199.3069])
+    """
+    near = torch.log1p(share * torch.expm1(x.clamp(max=LARGE)))
+    far = x + torch.log1p(rest * torch.expm1(-x.clamp(min=0)))
+    return torch.where(x > LARGE, far, near)
+
+
+def log_excess(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    r"""$\log\left( (e^x - 1 - x) / \max(1, e^x) \right)$.
+
+    >>> log_excess(torch.tensor([-torch.inf, -1.0, 0.0, 1.0]))  # at -1: log(1 / e)
+    tensor([    inf, -1.0000,    -inf, -1.3309])
+    """
+    beyond = x.clamp(1, 1e4)
+    large = torch.log1p(-(1 + beyond) * torch.exp(-beyond))
+    near = x.clamp(-SERIES_BELOW, SERIES_BELOW)
+    series = power_series(near, [1.0] * SERIES_TERMS)
+    small = torch.log(torch.where(near == x, series, torch.expm1(x) - x)) - x.relu()
+    return torch.where(x > 1, large, small)
+
+
+def power_series(x: Float[Tensor, "*shape"], factors: list[float]) -> Float[Tensor, "*shape"]:
+    r"""$\sum_{n \ge 2} c_n x^n / n!$ for the factors $c_2, c_3, \dots$.
+
+    >>> power_series(torch.tensor([0.1]), [1.0, 1.0])
+    tensor([0.0052])
+    """
+    total = torch.zeros_like(x)
+    for n, factor in reversed(list(enumerate(factors, start=2))):
+        total = (total + factor) * x / n
+    return total * x
