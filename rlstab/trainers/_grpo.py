@@ -13,7 +13,7 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from rlstab.batch import Column, Count, LogProbs, Requirement, TokenBatch, VocabStat
+from rlstab.batch import Column, Count, ExactDivergence, LogProbs, Requirement, TokenBatch, VocabStat
 from rlstab.errors import ConfigError
 from rlstab.losses import (
     Objective,
@@ -22,6 +22,7 @@ from rlstab.losses import (
     StepStatistic,
     Term,
     Total,
+    exact_statistics,
     prepared_parts,
     presets,
     term_name,
@@ -47,7 +48,8 @@ OF_POLICY = {
     "clip_high": "policy/clip_fraction_high",
     "ratio_max": "policy/ratio_max",
 }
-SUPPLIED_SOURCES = {"policy", "old", "sampler", "initial", "moving"}
+REFERENCES = {"initial", "moving"}
+SUPPLIED_SOURCES = {"policy", "old", "sampler"} | REFERENCES
 
 
 class StableGRPOTrainer(GRPOTrainer):
@@ -110,6 +112,7 @@ class StableGRPOTrainer(GRPOTrainer):
         self._needs = self._all_requirements()
         _arguments.check_schedule(self.objective, args)
         peft = host.get("peft_config") is not None or is_peft_model(model)
+        self._exact = [need for need in self._needs if isinstance(need, ExactDivergence)]
         self._references = References(self._reference_sources(args, peft), model, peft=peft)
         copy_adapter = peft and bool(self._references.sources)
         with _host_loss_arguments(args, beta=1.0 if copy_adapter else 0.0, ours=objective is not None):
@@ -142,6 +145,13 @@ class StableGRPOTrainer(GRPOTrainer):
 
     def _reference_sources(self, args: GRPOConfig, peft: bool) -> set[str]:
         sources = {need.source for need in self._needs if isinstance(need, LogProbs)}
+        without_logits = sorted({need.source for need in self._exact} - REFERENCES)
+        if without_logits:
+            raise ConfigError(
+                f"an exact divergence from {without_logits} needs a model to run: expected a reference among "
+                f"{sorted(REFERENCES)}"
+            )
+        sources |= {need.source for need in self._exact}
         unknown = sorted(sources - SUPPLIED_SOURCES)
         if unknown:
             raise ConfigError(
@@ -160,7 +170,7 @@ class StableGRPOTrainer(GRPOTrainer):
             )
         if self.signals.drift:
             sources |= {"initial"}
-        return sources & {"initial", "moving"}
+        return sources & REFERENCES
 
     def _check_supply(self) -> None:
         if Column("baseline") in self._needs:
@@ -322,12 +332,14 @@ class StableGRPOTrainer(GRPOTrainer):
     # ------------------------------------------------------------------ phase 3: a micro-batch
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(
-            model, **_batches.model_inputs(inputs), compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
-        )
-        batch = _batches.token_batch(
-            inputs, logps={"policy": logps}, vocab={"entropy": entropies}, counts=self._counts(inputs)
-        )
+        if self._exact:
+            logps, vocab, aux_loss = self._dense_pass(model, inputs)
+        else:
+            logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(
+                model, **_batches.model_inputs(inputs), compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
+            )
+            vocab = {"entropy": entropies}
+        batch = _batches.token_batch(inputs, logps={"policy": logps}, vocab=vocab, counts=self._counts(inputs))
         result = self.objective(batch)
         loss = result.loss
         if self.aux_loss_enabled:
@@ -337,6 +349,29 @@ class StableGRPOTrainer(GRPOTrainer):
         if self.model.training:
             self._measure(result, batch)
         return loss
+
+    def _dense_pass(
+        self, model: nn.Module, inputs: Mapping[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """Log-probs, entropy and exact divergences from one pass that keeps the logits of the micro-batch."""
+        if "pixel_values" in inputs:
+            raise ConfigError(
+                f"{self._exact[0].key}: exact divergences are not computed for image inputs: use form='sampled'"
+            )
+        call = _batches.model_inputs(inputs)
+        call["logits_to_keep"] += 1
+        extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        output = model(**call, **extra)
+        ref_logits = {}
+        for source in sorted({need.source for need in self._exact}):
+            with self._references.use(source, self.model, self.accelerator) as reference:
+                ref_logits[source] = reference(**call).logits[:, :-1]
+        logits = output.logits[:, :-1]
+        exact = exact_statistics(self._exact, logits, ref_logits, temperature=self.temperature)
+        log_probs = (logits.float() / self.temperature).log_softmax(-1)
+        logps = log_probs.gather(-1, inputs["completion_ids"].unsqueeze(-1)).squeeze(-1)
+        entropy = torch.special.entr(log_probs.exp()).sum(-1)
+        return logps, {"entropy": entropy, **exact}, output.aux_loss if self.aux_loss_enabled else None
 
     def _accumulation(self) -> float:
         return float(self.current_gradient_accumulation_steps) if self.model.training else 1.0
