@@ -1,6 +1,29 @@
 """Recipes: a YAML file becomes frozen dataclasses, and these become a run."""
 
 from rlstab.recipes._evaluate import Estimate, Evaluation, Example, evaluate
+from rlstab.recipes._models import LoadedModel, LoRA, ModelSource, PretrainedModel, TinyModel
+from rlstab.recipes._reading import ReadRecipe, read_recipe, recipe_parser
+from rlstab.recipes._recipe import HeldOut, Recipe
+from rlstab.recipes._run import Outcome, run_recipe
 from rlstab.recipes._warmup import WarmUp, warm_up
 
-__all__ = ["Estimate", "Evaluation", "Example", "WarmUp", "evaluate", "warm_up"]
+__all__ = [
+    "Estimate",
+    "Evaluation",
+    "Example",
+    "HeldOut",
+    "LoRA",
+    "LoadedModel",
+    "ModelSource",
+    "Outcome",
+    "PretrainedModel",
+    "ReadRecipe",
+    "Recipe",
+    "TinyModel",
+    "WarmUp",
+    "evaluate",
+    "read_recipe",
+    "recipe_parser",
+    "run_recipe",
+    "warm_up",
+]

@@ -1,28 +1,81 @@
-"""What a policy does on held-out prompts, as numbers by metric key."""
+"""What a policy does on held-out prompts, and how far it has moved there."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlstab.losses import clustered_mean, exact_kl
 from rlstab.models import isolated_rng
-from rlstab.recipes._evaluate import Estimate, Evaluation, encode_prompts
+from rlstab.recipes._evaluate import Estimate, encode_prompts, evaluate
+from rlstab.recipes._recipe import Recipe
 
-__all__ = ["held_out_kl", "metric_values"]
+__all__ = ["HeldOutExam", "held_out_kl"]
 
+KL_PROMPTS = 64
 LOGITS_AT_ONCE = 2**27
 
 
-def metric_values(evaluation: Evaluation, kl: Estimate) -> dict[str, float]:
-    """The numbers of an evaluation by metric key, each with its standard error."""
-    estimates = {f"eval/pass@{k}": estimate for k, estimate in evaluation.pass_at.items()}
-    estimates |= {"eval/reward": evaluation.reward, "eval/entropy": evaluation.entropy, "eval/kl": kl}
-    values = {key: estimate.mean for key, estimate in estimates.items()}
-    return values | {f"{key}_se": estimate.se for key, estimate in estimates.items()}
+@dataclass(frozen=True, kw_only=True)
+class HeldOutExam:
+    """The evaluation that a recipe asks for, the same prompts and seeds at every call.
+
+    Args:
+        recipe: the recipe.
+        max_new_tokens: longest completion, in tokens.
+        load_initial: loads the policy that training started from; not called where an adapter can be switched off.
+    """
+
+    recipe: Recipe
+    max_new_tokens: int
+    load_initial: Callable[[], PreTrainedModel]
+
+    def take(self, policy: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """The numbers of a policy by metric key, each with its standard error, and a few of its completions."""
+        settings = self.recipe.evaluation
+        sampling: dict[str, Any] = {
+            "temperature": settings.temperature,
+            "max_new_tokens": self.max_new_tokens,
+            "seed": self.recipe.seed,
+        }
+        evaluation = evaluate(
+            policy,
+            tokenizer,
+            self.recipe.task,
+            self._prompts,
+            samples=settings.samples,
+            ks=settings.ks,
+            batch_size=settings.batch_size,
+            **sampling,
+        )
+        kl = held_out_kl(policy, self._initial(policy), tokenizer, self._prompts[:KL_PROMPTS]["prompt"], **sampling)
+        estimates = {f"eval/pass@{k}": estimate for k, estimate in evaluation.pass_at.items()}
+        estimates |= {"eval/reward": evaluation.reward, "eval/entropy": evaluation.entropy, "eval/kl": kl}
+        values = {key: estimate.mean for key, estimate in estimates.items()}
+        values |= {f"{key}_se": estimate.se for key, estimate in estimates.items()}
+        return values, [asdict(example) for example in evaluation.examples]
+
+    @cached_property
+    def _prompts(self) -> Dataset:
+        return self.recipe.task.prompts(self.recipe.evaluation.prompts, split="test", seed=self.recipe.seed)
+
+    def _initial(self, policy: Any) -> Callable[[], AbstractContextManager[PreTrainedModel]]:
+        if self.recipe.adapter is not None:
+            return lambda: _without_adapter(policy)
+        model = self.load_initial().to(policy.device).eval()  # type: ignore[arg-type]  # the stub takes no device
+        return lambda: nullcontext(model)
+
+
+@contextmanager
+def _without_adapter(policy: Any) -> Iterator[PreTrainedModel]:
+    with policy.disable_adapter():
+        yield policy
 
 
 @torch.no_grad()
@@ -36,10 +89,10 @@ def held_out_kl(
     max_new_tokens: int,
     seed: int,
 ) -> Estimate:
-    r"""How far a policy has moved: the mean over tokens of $\mathrm{KL}(\pi(\cdot|s) \| \pi_0(\cdot|s))$, $s$ the prefix.
+    r"""How far a policy has moved: the mean over tokens of $\mathrm{KL}(\pi(\cdot|s) \| \pi_0(\cdot|s))$.
 
-    Exact over the vocabulary, at the prefixes of one completion per prompt sampled from the policy. The global random
-    state and the models' modes are left as they were.
+    Exact over the vocabulary, at the prefixes $s$ of one completion per prompt sampled from the policy. The global
+    random state and the models' modes are left as they were.
 
     Args:
         policy: the policy now.

@@ -122,7 +122,7 @@ def _fault(tree: Tree) -> str | None:
         if key not in kinds:
             return f"{key}: a recipe has no such key (value {value!r}); {hint(key, kinds)}"
     for key in ("model", "task"):
-        if key not in tree:
+        if tree.get(key) is None:
             return f"{key}: a recipe needs it, with a class_path and its init_args"
     if fault := _trainer_fault(tree["trainer"]):
         return fault

@@ -1,24 +1,21 @@
 """From a recipe to a trained model: warm-up, evaluation, training, evaluation, report."""
 
-import dataclasses
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from jsonargparse import get_loader
+from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainerState, set_seed
 
 from rlstab.errors import ConfigError, RecipeError, RlstabError
-from rlstab.recipes._evaluate import evaluate
-from rlstab.recipes._held_out import held_out_kl, metric_values
+from rlstab.recipes._held_out import HeldOutExam
 from rlstab.recipes._interrupt import GracefulStop
 from rlstab.recipes._models import LoadedModel, PretrainedModel
 from rlstab.recipes._reading import ReadRecipe
@@ -32,7 +29,6 @@ from rlstab.trainers import GRPOConfig, ProgressCallback, StableGRPOTrainer, lat
 
 __all__ = ["Outcome", "run_recipe"]
 
-KL_PROMPTS = 64
 STARTING_POINT = ("model", "task", "warmup", "adapter", "seed")
 
 
@@ -106,9 +102,7 @@ def _open_folder(read: ReadRecipe, resume: bool, console: Console) -> RunFolder:
 
 def _trainer_arguments(recipe: Recipe, output: Path) -> GRPOConfig:
     with _host_errors():
-        return GRPOConfig(
-            **recipe.trainer, output_dir=str(output / "checkpoints"), seed=recipe.seed, disable_tqdm=True
-        )
+        return GRPOConfig(**recipe.trainer, output_dir=str(output / "checkpoints"), seed=recipe.seed, disable_tqdm=True)
 
 
 def _conclude(folder: RunFolder, interrupted: bool, console: Console) -> None:
@@ -140,26 +134,30 @@ class _Run:
         self.output = output
         self.folder = folder
         self.console = console
+        self.exam = HeldOutExam(
+            recipe=recipe, max_new_tokens=args.max_completion_length, load_initial=lambda: self._start().model
+        )
 
     def go(self, *, resume: bool) -> bool:
         """Evaluate, train, evaluate; return whether training was interrupted."""
         checkpoint = latest_checkpoint(self.args.output_dir) if resume else None
+        if checkpoint is not None and _is_finished(checkpoint, self.args):
+            self._evaluate_finished(checkpoint)
+            return False
         if resume and checkpoint is None and self.folder is not None:
             self.folder.resume_at(0)
         progress, stop = ProgressCallback(self.console), GracefulStop(self.console)
         trainer = self._trainer([progress, stop])
-        if self.folder is not None and not any(
-            event.fields.get("phase") == "before" for event in self.folder.events().of("evaluation")
-        ):
-            self._evaluate_phase("before", trainer)
+        policy, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
+        self._evaluate("before", 0, policy, tokenizer)
         trainer.accelerator.wait_for_everyone()
         try:
             with stop:
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             progress.close()
-        if self.folder is not None and not stop.requested:
-            self._evaluate_phase("after", trainer)
+        if not stop.requested:
+            self._evaluate("after", trainer.state.global_step, policy, tokenizer)
         trainer.accelerator.wait_for_everyone()
         return stop.requested
 
@@ -183,7 +181,8 @@ class _Run:
             )
         trainer.remove_callback(PrinterCallback)
         if self.folder is not None and recipe.evaluation.every is not None:
-            trainer.add_callback(_Periodically(recipe.evaluation.every, lambda step: self._evaluate_at(step, trainer)))
+            policy = trainer.accelerator.unwrap_model(trainer.model)
+            trainer.add_callback(_Evaluations(recipe.evaluation.every, self.exam, policy, tokenizer, self.folder))
         return trainer
 
     def _start(self) -> LoadedModel:
@@ -217,72 +216,55 @@ class _Run:
         tokenizer.save_pretrained(unfinished)
         unfinished.replace(target)
 
-    def _evaluate_phase(self, phase: str, trainer: StableGRPOTrainer) -> None:
-        assert self.folder is not None
-        settings, step = self.recipe.evaluation, trainer.state.global_step
-        with self.console.status(f"evaluating on {settings.prompts} held-out prompts, {phase} training"):
-            values, examples = self._evaluate(trainer)
+    def _evaluate(self, phase: str, step: int, policy: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Evaluate the policy of a step, unless the run folder holds that already."""
+        if self.folder is None:
+            return
+        if any(
+            event.step == step and event.fields["phase"] == phase for event in self.folder.events().of("evaluation")
+        ):
+            return
+        with self.console.status(f"evaluating on {self.recipe.evaluation.prompts} held-out prompts, {phase} training"):
+            values, examples = self.exam.take(policy, tokenizer)
         self.folder.append_event("evaluation", step=step, phase=phase, values=values)
         self.folder.append_rollouts(step, [{**example, "phase": phase} for example in examples])
 
-    def _evaluate_at(self, step: int, trainer: StableGRPOTrainer) -> None:
-        assert self.folder is not None
-        self.folder.append_metrics(step, self._evaluate(trainer)[0])
-
-    def _evaluate(self, trainer: StableGRPOTrainer) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """The numbers of the policy now by metric key, and a few completions."""
-        policy: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
-        tokenizer = trainer.processing_class
-        settings, sampling = (
-            self.recipe.evaluation,
-            {
-                "temperature": self.recipe.evaluation.temperature,
-                "max_new_tokens": self.args.max_completion_length,
-                "seed": self.recipe.seed,
-            },
-        )
-        evaluation = evaluate(
-            policy,
-            tokenizer,
-            self.recipe.task,
-            self._held_out,
-            samples=settings.samples,
-            ks=settings.ks,
-            batch_size=settings.batch_size,
-            **sampling,
-        )
-        kl = held_out_kl(policy, self._initial(policy), tokenizer, self._held_out[:KL_PROMPTS]["prompt"], **sampling)
-        return metric_values(evaluation, kl), [dataclasses.asdict(example) for example in evaluation.examples]
-
-    @cached_property
-    def _held_out(self) -> Dataset:
-        return self.recipe.task.prompts(self.recipe.evaluation.prompts, split="test", seed=self.recipe.seed)
-
-    def _initial(self, policy: Any) -> Callable[[], AbstractContextManager[PreTrainedModel]]:
-        """The policy as it was at the start: the adapter switched off, or the first weights loaded again."""
-        if self.recipe.adapter is not None:
-            return lambda: _without_adapter(policy)
-        model = self._start().model.to(policy.device).eval()
-        return lambda: nullcontext(model)
+    def _evaluate_finished(self, checkpoint: Path) -> None:
+        """Do what is left of a run that was stopped after its last step."""
+        self.console.print(f"{checkpoint} is the last one: raise trainer.max_steps to train on", soft_wrap=True)
+        if self.recipe.adapter is None:
+            policy, tokenizer = PretrainedModel(name=str(checkpoint)).load(self.recipe.task, seed=self.recipe.seed)
+        else:
+            start, tokenizer = self._start()
+            policy = PeftModel.from_pretrained(start, checkpoint)
+        step = int(checkpoint.name.rpartition("-")[2])
+        self._evaluate("after", step, policy.to(self.args.device), tokenizer)
 
 
-class _Periodically(TrainerCallback):
-    """Calls a function with the step after every so many optimizer steps."""
+class _Evaluations(TrainerCallback):
+    """Adds an evaluation to the metrics of a step, after every so many optimizer steps."""
 
-    def __init__(self, every: int, action: Callable[[int], None]) -> None:
+    def __init__(
+        self, every: int, exam: HeldOutExam, policy: Any, tokenizer: PreTrainedTokenizerBase, folder: RunFolder
+    ) -> None:
         self._every = every
-        self._action = action
+        self._exam = exam
+        self._policy = policy
+        self._tokenizer = tokenizer
+        self._folder = folder
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Call it if it is time."""
+        """Evaluate if it is time."""
         if state.global_step % self._every == 0:
-            self._action(state.global_step)
+            self._folder.append_metrics(state.global_step, self._exam.take(self._policy, self._tokenizer)[0])
 
 
-@contextmanager
-def _without_adapter(policy: Any) -> Iterator[PreTrainedModel]:
-    with policy.disable_adapter():
-        yield policy
+def _is_finished(checkpoint: Path, args: GRPOConfig) -> bool:
+    """Whether a checkpoint is that of the last step that the arguments ask for."""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if args.max_steps > 0:
+        return state.global_step >= args.max_steps
+    return state.global_step >= state.max_steps and state.num_train_epochs >= args.num_train_epochs
 
 
 @contextmanager
