@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for a mistake in the arguments or the recipe, 1 for another failure, 130 after Ctrl-C.
     """
-    words, overrides = list(sys.argv[1:] if argv is None else argv), []
+    words = list(sys.argv[1:] if argv is None else argv)
+    overrides: list[tuple[str, str]] = []
     try:
         if words[:1] == ["train"]:
             words, overrides = _split_overrides(words)

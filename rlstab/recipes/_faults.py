@@ -152,7 +152,8 @@ def known_targets(base: type) -> dict[str, Callable[..., Any]]:
         found |= {name: vars(presets)[name] for name in presets.__all__}
     if _is_public(base) and not inspect.isabstract(base):
         found[base.__name__] = base
-    for child in base.__subclasses__():
+    children: list[type] = base.__subclasses__()
+    for child in children:
         found |= known_targets(child)
     return dict(sorted(found.items()))
 

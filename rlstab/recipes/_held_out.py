@@ -68,7 +68,7 @@ class HeldOutExam:
     def _initial(self, policy: Any) -> Callable[[], AbstractContextManager[PreTrainedModel]]:
         if self.recipe.adapter is not None:
             return lambda: _without_adapter(policy)
-        model = self.load_initial().to(policy.device).eval()  # type: ignore[arg-type]  # the stub takes no device
+        model = self.load_initial().to(policy.device).eval()
         return lambda: nullcontext(model)
 
 

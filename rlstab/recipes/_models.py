@@ -70,7 +70,7 @@ class TinyModel(ModelSource):
                 "use PretrainedModel"
             )
         tokenizer = tiny_tokenizer(task.alphabet)
-        sizes = {
+        sizes: dict[str, Any] = {
             "hidden": self.hidden,
             "layers": self.layers,
             "heads": self.heads,

@@ -204,7 +204,7 @@ class _Run:
         with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), console=self.console) as progress:
             line = progress.add_task("warm-up", total=recipe.warmup.steps, loss=float("nan"))
             warm_up(
-                model.to(self.args.device),  # type: ignore[arg-type]  # the stub of `to` takes no device
+                model.to(self.args.device),
                 tokenizer,
                 recipe.task,
                 recipe.warmup,
@@ -232,6 +232,7 @@ class _Run:
     def _evaluate_finished(self, checkpoint: Path) -> None:
         """Do what is left of a run that was stopped after its last step."""
         self.console.print(f"{checkpoint} is the last one: raise trainer.max_steps to train on", soft_wrap=True)
+        policy: Any
         if self.recipe.adapter is None:
             policy, tokenizer = PretrainedModel(name=str(checkpoint)).load(self.recipe.task, seed=self.recipe.seed)
         else:
@@ -263,8 +264,8 @@ def _is_finished(checkpoint: Path, args: GRPOConfig) -> bool:
     """Whether a checkpoint is that of the last step that the arguments ask for."""
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     if args.max_steps > 0:
-        return state.global_step >= args.max_steps
-    return state.global_step >= state.max_steps and state.num_train_epochs >= args.num_train_epochs
+        return bool(state.global_step >= args.max_steps)
+    return bool(state.global_step >= state.max_steps and state.num_train_epochs >= args.num_train_epochs)
 
 
 @contextmanager

@@ -97,17 +97,18 @@ def set_value(tree: Tree, key: str, text: str) -> None:
     node: Any = tree
     names = key.split(".")
     for depth, name in enumerate(names):
+        position: str | int = name
         where = ".".join(names[:depth])
         if isinstance(node, list):
-            node, name = node, _position(node, name, key=key, where=where)
+            position = _position(node, name, key=key, where=where)
         elif isinstance(node, dict):
             node = _arguments(node, name)
         else:
             raise RecipeError(f"--{key}: {where} is {node!r} and has no key {name!r}")
         if depth == len(names) - 1:
-            node[name] = value
+            node[position] = value
         else:
-            node = _opened(node, name)
+            node = _opened(node, position)
 
 
 def _arguments(node: Tree, name: str) -> Tree:

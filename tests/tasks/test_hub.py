@@ -18,8 +18,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def task(folder: Path, **changes: Any) -> HubTask:
-    settings = {"question": "q", "answer": "a", "answer_pattern": r"####\s*(.+)", "scorer": ExactAnswer()} | changes
-    return HubTask(dataset=str(folder), **settings)
+    settings = {"question": "q", "answer": "a", "answer_pattern": r"####\s*(.+)"}
+    return HubTask(**{"dataset": str(folder), "scorer": ExactAnswer(), **settings, **changes})
 
 
 def test_rows_become_messages_and_answers(folder: Path) -> None:
