@@ -5,8 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 LARGE = 80.0  # exp(LARGE) still fits float32
-SERIES_BELOW = 0.1
-SERIES_TERMS = 11
+SERIES_BELOW = 0.4
+SERIES_TERMS = 13
 
 
 def log1mexp(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -24,8 +24,10 @@ def log_mix(x: Float[Tensor, "*shape"], share: float, rest: float) -> Float[Tens
     >>> log_mix(torch.tensor([0.0, 200.0]), 0.5, 0.5)
     tensor([  0.0000, 199.3069])
     """
-    near = torch.log1p(share * torch.expm1(x.clamp(max=LARGE)))
-    far = x + torch.log1p(rest * torch.expm1(-x.clamp(min=0)))
+    bounded = x.clamp(max=LARGE)
+    change = share * torch.expm1(bounded)
+    near = torch.where(change > -0.5, torch.log1p(change), torch.log(rest + share * torch.exp(bounded)))
+    far = x + torch.log(share + rest * torch.exp(-x.clamp(min=0)))
     return torch.where(x > LARGE, far, near)
 
 
