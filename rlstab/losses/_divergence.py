@@ -95,6 +95,10 @@ class Divergence(Term):
             self._check_exact(name)
         if self.target == "sequence":
             self._average_over_rows(name)
+        if self.form == "exact":
+            object.__setattr__(self, "_exact_key", self._exact.key)  # once: a compiled loss cannot build parts
+
+    _exact_key = ""
 
     def _check_exact(self, name: str) -> None:
         if self.clamp is not None:
@@ -282,7 +286,7 @@ class Divergence(Term):
         return functional.pad(over.detach() - tokens.sample_logp, (1, -1)).cumsum(-1)
 
     def _exact_loss(self, batch: TokenBatch) -> Loss:
-        divergence = batch.statistic(self._exact.key)
+        divergence = batch.statistic(self._exact_key)
         if self.target == "token":
             return Loss(divergence, exact_metrics(divergence, batch.loss_mask))
         ref_logp = batch.logp(self.reference) if self.chain_rule == "reference" else batch.logp("policy")

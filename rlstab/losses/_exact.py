@@ -211,6 +211,11 @@ class CauchySchwarz(Term):
 
     reference: str = "initial"
 
+    _exact_key = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_exact_key", ExactDivergence(self, self.reference).key)
+
     @property
     def name(self) -> str:
         """The name of the divergence."""
@@ -227,7 +232,7 @@ class CauchySchwarz(Term):
 
     def loss(self, batch: TokenBatch) -> Loss:
         """The divergence per token."""
-        divergence = batch.statistic(self._exact.key)
+        divergence = batch.statistic(self._exact_key)
         return Loss(divergence, exact_metrics(divergence, batch.loss_mask))
 
     @torch.no_grad()

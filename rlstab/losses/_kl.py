@@ -11,13 +11,13 @@ from rlstab.batch import LogProbs, Requirement, TokenBatch
 from rlstab.errors import ConfigError
 from rlstab.losses._checks import check_choice
 from rlstab.losses._metrics import token_mean
-from rlstab.losses._ratio import Ratio, TokenRatio, ratio_of
+from rlstab.losses._ratio import Ratio, TokenRatio, finite_logp, ratio_of
 from rlstab.losses._term import Loss, Term
 
 Estimator = Literal["k1", "k2", "k3"]
 
 
-def kl_estimate(log_ratio: Float[Tensor, "B T"], *, estimator: Estimator) -> Float[Tensor, "B T"]:
+def kl_estimate(log_ratio: Float[Tensor, "*shape"], *, estimator: Estimator) -> Float[Tensor, "*shape"]:
     r"""With $a = \log\pi - \log\text{ref}$: `k1` $= a$, `k2` $= a^2/2$, `k3` $= e^{-a} - 1 + a$.
 
     Reference: Approximating KL Divergence (J. Schulman), http://joschu.net/blog/kl-approx.html
@@ -88,7 +88,7 @@ class KL(Term):
 
     def loss(self, batch: TokenBatch) -> Loss:
         """The weighted estimate per token; metric `kl`, its token mean."""
-        log_ratio = batch.logp("policy") - batch.logp(self.reference)
+        log_ratio = finite_logp(batch.logp("policy")) - finite_logp(batch.logp(self.reference))
         value = kl_estimate(log_ratio, estimator=self.estimator)
         if self.weight != "none":
             factor = ratio_of(self.ratio.log_ratio(batch))

@@ -5,8 +5,9 @@ from abc import abstractmethod
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
+from torch.nn.functional import hardtanh
 
 from rlstab.batch import LogProbs, Requirement, TokenBatch
 from rlstab.losses._checks import check_positive, check_range
@@ -27,7 +28,8 @@ def ratio_of(log_ratio: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     >>> ratio_of(torch.tensor([0.0, 500.0]))
     tensor([1.0000e+00, 1.1189e+19])
     """
-    return log_ratio.clamp(max=ratio_limit(log_ratio.dtype)).exp()
+    # hardtanh: a clamp whose backward pass is several times faster on a CPU
+    return hardtanh(log_ratio, -torch.finfo(log_ratio.dtype).max, ratio_limit(log_ratio.dtype)).exp()
 
 
 def finite_logp(logp: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -37,19 +39,26 @@ def finite_logp(logp: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     >>> finite_logp(torch.tensor([-1.0, -torch.inf]))
     tensor([-1.0000e+00, -1.8447e+19])
     """
-    return logp.clamp(min=-math.sqrt(torch.finfo(logp.dtype).max))
+    largest = torch.finfo(logp.dtype).max
+    return hardtanh(logp, -math.sqrt(largest), largest)
 
 
-def masked_row_mean(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B 1"]:
-    """The mean over the tokens of each row; 0 in a row without tokens."""
+def masked_row_mean(values: Float[Tensor, "B T"], mask: Shaped[Tensor, "B T"]) -> Float[Tensor, "B 1"]:
+    """The mean over the tokens of each row, where `mask` is 1 or true; 0 in a row without tokens."""
     return ((values * mask).sum(-1) / mask.sum(-1).clamp(min=1)).unsqueeze(-1)
+
+
+def unscored(batch: TokenBatch) -> Bool[Tensor, "B T"]:
+    """Tokens that the sampler could not score: its log-prob is NaN."""
+    return batch.logp("sampler").isnan()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio(Part):
     r"""The log of an importance ratio $\pi/\pi_\text{against}$, with gradient. Abstract.
 
-    A token to which both policies give probability 0 has no ratio: NaN.
+    A token to which both policies give probability 0 has no ratio: NaN. One that the sampler could not score (NaN) has
+    ratio 1 and no gradient against it.
 
     Args:
         against: source of the denominator: `old`, or `sampler` (PPO against the behaviour policy, "bypass": the
@@ -74,7 +83,8 @@ class Ratio(Part):
 
     def token_log_ratio(self, batch: TokenBatch) -> Float[Tensor, "B T"]:
         """The log-ratio of each token, from which other ratios are made."""
-        return batch.logp("policy") - batch.logp(self.against)
+        log_ratio = batch.logp("policy") - batch.logp(self.against)
+        return torch.where(unscored(batch), 0.0, log_ratio) if self.against == "sampler" else log_ratio
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +121,7 @@ class SequenceRatio(Ratio):
 
     def log_ratio(self, batch: TokenBatch) -> Float[Tensor, "B 1"]:
         """The sum over the tokens of each row."""
-        return (self.token_log_ratio(batch) * batch.loss_mask).sum(-1, keepdim=True)
+        return (self.token_log_ratio(batch) * batch.token_weight).sum(-1, keepdim=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +143,7 @@ class GeometricRatio(Ratio):
 
     def log_ratio(self, batch: TokenBatch) -> Float[Tensor, "B 1"]:
         """The mean over the tokens of each row."""
-        return masked_row_mean(self.token_log_ratio(batch), batch.loss_mask)
+        return masked_row_mean(self.token_log_ratio(batch), batch.token_weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +163,7 @@ class GSPOTokenRatio(Ratio):
 
     def log_ratio(self, batch: TokenBatch) -> Float[Tensor, "B T"]:
         """The sequence's value at each of its tokens."""
-        sequence = masked_row_mean(self.token_log_ratio(batch), batch.loss_mask).detach()  # sg(s): value only
+        sequence = masked_row_mean(self.token_log_ratio(batch), batch.token_weight).detach()  # sg(s): value only
         logp = batch.logp("policy")
         return sequence + logp - logp.detach()  # the token's gradient with value 0
 

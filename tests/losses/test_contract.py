@@ -3,7 +3,7 @@
 import copy
 import inspect
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import FrozenInstanceError, dataclass, fields, replace
 from typing import Any
 
@@ -12,26 +12,52 @@ import torch
 from torch import Tensor
 
 import rlstab.losses
-from rlstab.batch import Column, LogProbs, Requirement, TokenBatch, VocabStat
+from rlstab.batch import Column, ExactDivergence, LogProbs, Requirement, TokenBatch, VocabStat
 from rlstab.losses import (
     Advantage,
     GroupNorm,
     Hist,
+    MaskedIS,
     Metric,
+    Needs,
     Objective,
     Part,
     Prepared,
     Ratio,
     RolloutPart,
+    SequenceRatio,
     StepStatistic,
     Term,
+    TokenRatio,
     TopEntropy,
+    TruncatedIS,
+    Veto,
     Weight,
     prepared_parts,
 )
 
 # Arguments of parts that cannot be built without, and further forms of parts that take another path through their code.
+FORMS: list[dict[str, Any]] = [
+    {},
+    {"form": "reward"},
+    {"form": "exact"},
+    {"target": "sequence"},
+    {"target": "sequence", "form": "exact"},
+    {"samples": "sampler", "clamp": 0.2},
+    {"samples": "reference"},
+]
 VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "ReverseKL": FORMS,
+    "ForwardKL": FORMS,
+    "JensenShannon": FORMS[:4],
+    "ClippedSurrogate": [
+        {},
+        {"dual": 3.0, "high": 0.28},
+        {"ratio": SequenceRatio()},
+        {"ratio": TokenRatio(against="sampler")},
+        {"weights": (TruncatedIS(max=2.0), Veto())},
+        {"weights": (MaskedIS(max=2.0, level="sequence"),)},
+    ],
     "EntropyBonus": [{}, {"weights": (TopEntropy(fraction=0.5),)}],
     "EntropyThreshold": [{"fraction": 0.5}],
     "GFPO": [{"k": 2}, {"k": 2, "metric": "reward_per_length"}],
@@ -45,7 +71,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "TopCovariance": [{"fraction": 0.2}],
     "TopEntropy": [{"fraction": 0.5}],
 }
-# Means over the micro-batch depend on the split by definition.
+# Choices within the micro-batch depend on the split by definition.
 DEPENDS_ON_SPLIT = {"KLCov(over='micro_batch')"}
 
 
@@ -129,34 +155,41 @@ def data_of(rows: int = 7, length: int = 6, *, seed: int = 0, dtype: torch.dtype
         "truncated": torch.arange(rows) == 2,
     }
     columns = {name: value.to(dtype) if value.is_floating_point() else value for name, value in columns.items()}
-    entropy = 0.1 + torch.rand(rows, length, generator=generator, dtype=torch.float64)
-    return Data(mask, mask & ~tool, logps, {"entropy": entropy}, columns).to(dtype)
+    vocab = {
+        name: 0.1 + torch.rand(rows, length, generator=generator, dtype=torch.float64) for name in ("entropy", "exact")
+    }
+    return Data(mask, mask & ~tool, logps, vocab, columns).to(dtype)
 
 
 def batch_for(part: Part, data: Data) -> TokenBatch:
-    """A batch with what `part` requires and nothing else; rollout parts and step statistics have run on their own."""
+    """A batch with what `part` requires and nothing else."""
+    batch = batch_with(part.requires, data)
+    return batch.replace(rows=part.rows) if isinstance(part, Term) else batch
 
-    def holding(requires: Iterable[Requirement], left: dict[str, Tensor]) -> TokenBatch:
-        requires = set(requires)
-        names = {type(need) for need in requires} - {LogProbs, VocabStat, Column, rlstab.losses.Needs}
-        assert not names, f"the contract test cannot supply {names}: teach it how"
-        keys = {need.part.key for need in requires if isinstance(need, rlstab.losses.Needs)}
+
+def batch_with(requires: frozenset[Requirement], data: Data) -> TokenBatch:
+    """A batch with what is required, for which rollout parts and step statistics have run on what they require."""
+    left: dict[str, Tensor] = {}
+
+    def holding(requires: frozenset[Requirement]) -> TokenBatch:
+        unknown = {type(need) for need in requires} - {LogProbs, VocabStat, ExactDivergence, Column, Needs}
+        assert not unknown, f"the contract test cannot supply {unknown}: teach it how"
+        keys = {need.part.key for need in requires if isinstance(need, Needs)}
         columns = {need.name: data.columns[need.name] for need in requires if isinstance(need, Column)}
         return TokenBatch(
             mask=data.mask,
             loss_mask=data.loss_mask,
             logps={need.source: data.logps[need.source] for need in requires if isinstance(need, LogProbs)},
-            vocab={need.name: data.vocab[need.name] for need in requires if isinstance(need, VocabStat)},
+            vocab={need.name: data.vocab[need.name] for need in requires if isinstance(need, VocabStat)}
+            | {need.key: data.vocab["exact"] for need in requires if isinstance(need, ExactDivergence)},
             parts={key: left[key] for key in keys},
             **columns,  # type: ignore[arg-type]
         )
 
-    left: dict[str, Tensor] = {}
     for kind in (RolloutPart, StepStatistic):
-        for needed in prepared_parts(part.requires, kind):
-            left[needed.key] = needed.compute(holding(needed.requires, left)).detach()
-    batch = holding(part.requires, left)
-    return batch.replace(rows=part.rows) if isinstance(part, Term) else batch
+        for needed in prepared_parts(requires, kind):
+            left[needed.key] = needed.compute(holding(needed.requires)).detach()
+    return holding(requires)
 
 
 def output(part: Part, batch: TokenBatch) -> Tensor:
@@ -328,29 +361,37 @@ def test_dtypes(part: Part, dtype: torch.dtype) -> None:
 def test_it_reads_only_what_it_declares(part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
     """`old` in particular: a batch without it would hand out the policy's own log-probs."""
     batch = batch_for(part, data_of())
-    read: set[Requirement] = set()
+    read: set[str] = set()
 
-    def spy(name: str, requirement: Callable[[str], Requirement]) -> None:
-        method = getattr(TokenBatch, name)
-
+    def spy(method: Callable[[TokenBatch, str], Tensor]) -> None:
         def reading(self: TokenBatch, key: str) -> Tensor:
-            read.add(requirement(key))
-            return method(self, key)  # type: ignore[no-any-return]
+            read.add(key)
+            return method(self, key)
 
-        monkeypatch.setattr(TokenBatch, name, reading)
+        monkeypatch.setattr(TokenBatch, method.__name__, reading)
 
-    spy("logp", LogProbs)
-    spy("column", Column)  # type: ignore[arg-type]
-    spy("statistic", VocabStat)  # type: ignore[arg-type]
+    for method in (TokenBatch.logp, TokenBatch.column, TokenBatch.statistic, TokenBatch.part):
+        spy(method)
     output(part, batch)
-    assert read <= part.requires
+    assert read <= {key_of(need) for need in part.requires}
+
+
+def key_of(need: Requirement) -> str:
+    """The word that a batch gives it out for."""
+    match need:
+        case LogProbs(source=key) | VocabStat(name=key) | Column(name=key) | ExactDivergence(key=key):
+            return key
+        case Needs(part=part):
+            return part.key
+    raise AssertionError(need)
 
 
 @pytest.mark.parametrize("part", parts(Term, Weight))
 def test_its_metrics_are_typed_detached_and_documented(part: Part) -> None:
     data = data_of()
     data.logps["policy"].requires_grad_()
-    data.vocab["entropy"].requires_grad_()
+    for statistic in data.vocab.values():
+        statistic.requires_grad_()
     for name, metric in metrics_of(part, batch_for(part, data)).items():
         assert isinstance(metric, Metric)
         held = [getattr(metric, field.name) for field in fields(metric) if field.name != "edges"]
@@ -360,10 +401,8 @@ def test_its_metrics_are_typed_detached_and_documented(part: Part) -> None:
         assert name.isascii()
 
 
-@pytest.mark.parametrize("part", parts(Term, Weight))
+@pytest.mark.parametrize("part", [case for case in parts(Term, Weight) if case.id not in DEPENDS_ON_SPLIT])
 def test_its_metrics_of_a_split_merge_to_those_of_the_whole(part: Part) -> None:
-    if name_of(part) in DEPENDS_ON_SPLIT:
-        pytest.skip("depends on the split by definition")
     batch = batch_for(part, data_of(dtype=torch.float64))
     merged: dict[str, Metric] = {}
     for micro in batch.split([3, 1, 3]):
@@ -385,11 +424,9 @@ def test_its_coefficient_multiplies(part: Term) -> None:
     torch.testing.assert_close(tripled_gradients, {name: 3 * g for name, g in gradients.items()})
 
 
-@pytest.mark.parametrize("part", parts(Term))
+@pytest.mark.parametrize("part", [case for case in parts(Term) if case.id not in DEPENDS_ON_SPLIT])
 @pytest.mark.parametrize("sizes", [[1] * 7, [3, 1, 3], [4, 3]])
 def test_any_split_of_a_step_gives_its_gradient(part: Term, sizes: list[int]) -> None:
-    if name_of(part) in DEPENDS_ON_SPLIT:
-        pytest.skip("depends on the split by definition")
     data = data_of(dtype=torch.float64)
     leaves = [leaf.requires_grad_() for leaf in data.leaves().values()]
     batch, objective = batch_for(part, data), Objective(term=part)
@@ -403,62 +440,72 @@ def test_any_split_of_a_step_gives_its_gradient(part: Term, sizes: list[int]) ->
 
 
 @pytest.mark.parametrize("part", parts(Term))
+def test_a_token_that_the_sampler_could_not_score_spoils_nothing(part: Term) -> None:
+    data = data_of()
+    sampler = data.logps["sampler"].clone()
+    sampler[0, 0] = sampler[3] = torch.nan
+    loss, gradients = loss_and_gradients(part, replace(data, logps={**data.logps, "sampler": sampler}))
+    assert loss.isfinite()
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("part", parts(Term))
+@pytest.mark.parametrize(
+    "sources", [["policy"], ["old"], ["sampler"], ["initial"], ["policy", "initial"]], ids="-".join
+)
+def test_an_impossible_token_makes_no_nan(part: Term, sources: list[str]) -> None:
+    """A log-prob of -inf may make a loss infinite but not NaN, and other rows keep their gradient."""
+    data = data_of()
+    logps = {name: value.clone() for name, value in data.logps.items()}
+    for source in sources:
+        logps[source][0, 0] = -torch.inf
+    loss, gradients = loss_and_gradients(part, replace(data, logps=logps))
+    assert not loss.isnan()
+    for gradient in gradients.values():
+        assert not gradient.isnan().any()
+        assert gradient[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("part", parts(Term))
 def test_gradients_add_to_those_of_another_term(part: Term) -> None:
     data = data_of(dtype=torch.float64)
-    policy = data.logps["policy"].requires_grad_()
-    other = rlstab.losses.KL(estimator="k2", reference="moving", rows=part.rows)
-    both = Objective(first=part, second=0.5 * other)
-    holder = Both(one=part, two=other)
-    batch = batch_for(holder, data).replace(rows=part.rows)
+    leaves = [leaf.requires_grad_() for leaf in data.leaves().values()]
+    other = 0.5 * rlstab.losses.KL(estimator="k2", reference="moving", rows=part.rows)
+    batch = batch_with(part.requires | other.requires, data).replace(rows=part.rows)
 
-    def gradient(objective: Objective) -> Tensor:
-        leaves = [policy, *data.vocab.values()]
-        return torch.stack(
-            [
-                torch.zeros_like(policy) if g is None else g
-                for g in torch.autograd.grad(objective(batch).loss, leaves, allow_unused=True, retain_graph=True)
-            ]
-        )
+    def gradient(objective: Objective) -> list[Tensor]:
+        found = torch.autograd.grad(objective(batch).loss, leaves, allow_unused=True, retain_graph=True)
+        return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
 
-    data.vocab["entropy"].requires_grad_()
-    batch = batch_for(holder, data).replace(rows=part.rows)
-    torch.testing.assert_close(
-        gradient(both), gradient(Objective(first=part)) + gradient(Objective(second=0.5 * other))
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Both(Part):
-    """Requires what two parts require."""
-
-    one: Part
-    two: Part
+    alone = zip(gradient(Objective(first=part)), gradient(Objective(second=other)), strict=True)
+    torch.testing.assert_close(gradient(Objective(first=part, second=other)), [one + two for one, two in alone])
 
 
 @pytest.mark.compile
 @pytest.mark.parametrize("part", parts(Term, Weight, Ratio))
 def test_it_compiles_without_a_break(part: Part) -> None:
     data = data_of()
-    policy, entropy = data.logps["policy"].requires_grad_(), data.vocab["entropy"].requires_grad_()
     batch = batch_for(part, data)
+    held = {**batch.logps, **batch.vocab}
+    names = [name for name in ("policy", *batch.vocab) if name in held]
+    leaves = [held[name].detach().requires_grad_() for name in names]
 
-    def loss_of(policy: Tensor, entropy: Tensor) -> Tensor:
-        logps = dict(batch.logps) | ({"policy": policy} if "policy" in batch.logps else {})
-        vocab = dict(batch.vocab) | ({"entropy": entropy} if "entropy" in batch.vocab else {})
+    def loss_of(*leaves: Tensor) -> Tensor:
+        given = dict(zip(names, leaves, strict=True))
+        logps = {name: given.get(name, value) for name, value in batch.logps.items()}
+        vocab = {name: given.get(name, value) for name, value in batch.vocab.items()}
         return reduced(part, batch.replace(logps=logps, vocab=vocab))
 
     torch._dynamo.reset()
     compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager", dynamic=False)
-    expected = loss_of(policy, entropy)
-    torch.testing.assert_close(compiled(policy, entropy), expected)
-    if expected.requires_grad:
-        grads = [
-            torch.autograd.grad(f(policy, entropy), (policy, entropy), allow_unused=True) for f in (compiled, loss_of)
+    ours, eager = compiled(*leaves), loss_of(*leaves)
+    torch.testing.assert_close(ours, eager)
+    assert ours.requires_grad == eager.requires_grad
+    if eager.requires_grad:
+        gradients = [
+            torch.autograd.grad(loss, leaves, materialize_grads=True, allow_unused=True) for loss in (ours, eager)
         ]
-        for ours, eager in zip(*grads, strict=True):
-            torch.testing.assert_close(
-                torch.zeros(()) if ours is None else ours, torch.zeros(()) if eager is None else eager
-            )
+        torch.testing.assert_close(*gradients)
 
 
 # --- rollout parts -------------------------------------------------------------------
