@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+from torch import nn
 
 from rlstab.batch import Requirement
 from rlstab.errors import ConfigError
-from rlstab.losses import Objective, Prepared, RolloutPart, StepStatistic, prepared_parts
+from rlstab.losses import Objective, Prepared, RolloutPart, StepStatistic, Term, prepared_parts, presets, term_name
 from rlstab.trainers._host import GRPOConfig
 
-__all__ = ["check_schedule", "is_on_policy", "notice_inert_parts", "refuse_host_loss_arguments"]
+__all__ = [
+    "check_schedule",
+    "default_output_dir",
+    "host_loss_arguments",
+    "is_on_policy",
+    "notice_inert_parts",
+    "refuse_host_loss_arguments",
+    "resolve",
+    "rollout_parts",
+]
 
 logger = logging.getLogger("rlstab")
 
@@ -51,13 +64,14 @@ def refuse_host_loss_arguments(args: GRPOConfig, owned: dict[str, str], owner: s
         value = args.__dict__[name]
         if value != defaults[name]:
             raise ConfigError(
-                f"args.{name}={value!r} has no effect beside {owner}=...: leave it at {defaults[name]!r} and use {remedy}"
+                f"args.{name}={value!r} has no effect beside {owner}=...: leave it at {defaults[name]!r} and use "
+                f"{remedy}"
             )
 
 
 def is_on_policy(args: GRPOConfig) -> bool:
     """Whether every batch is used for one update only, made by the policy that sampled it."""
-    return args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) == 0
+    return bool(args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) == 0)
 
 
 def check_schedule(objective: Objective, args: GRPOConfig) -> None:
@@ -97,6 +111,37 @@ def rollout_parts(requires: frozenset[Requirement], advantage: RolloutPart | Non
     return list(parts.values())
 
 
-def describe(value: Any) -> str:
-    """A short name of a part for messages."""
-    return type(value).__name__
+@contextmanager
+def host_loss_arguments(args: GRPOConfig, *, beta: float, ours: bool) -> Iterator[None]:
+    """While the host is built, the arguments whose work rlstab does itself: references and the sampler correction."""
+    changes: dict[str, Any] = {"beta": beta, "sync_ref_model": False}
+    if ours:
+        changes["vllm_importance_sampling_correction"] = False
+    before = {name: args.__dict__[name] for name in changes}
+    args.__dict__.update(changes)
+    try:
+        yield
+    finally:
+        args.__dict__.update(before)
+
+
+def default_output_dir(model: str | nn.Module) -> str:
+    """The output folder that the host chooses when it is given no arguments."""
+    name = model if isinstance(model, str) else str(cast(Any, model).config._name_or_path)
+    return f"{name.split('/')[-1]}-GRPO"
+
+
+def resolve(
+    objective: Objective | Term | None, advantage: RolloutPart | None, args: GRPOConfig
+) -> tuple[Objective, RolloutPart | None]:
+    """The objective and the advantage to train with, and a refusal of host arguments that would contradict them."""
+    if isinstance(objective, Term):
+        objective = Objective({term_name(objective): objective})
+    if objective is None:
+        objective = presets.from_config(args)
+    else:
+        refuse_host_loss_arguments(args, OWNED_BY_OBJECTIVE, "objective")
+    advantage = advantage if advantage is not None else objective.advantage
+    if advantage is not None:
+        refuse_host_loss_arguments(args, OWNED_BY_ADVANTAGE, "advantage")
+    return objective, advantage

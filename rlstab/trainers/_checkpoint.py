@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +12,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import TrainerCallback
 
-from rlstab.errors import RecordError
+from rlstab.errors import ConfigError, RecordError
+from rlstab.trainers._host import RepeatSampler
 
-__all__ = ["TrainerState", "latest_checkpoint", "load_state", "save_state"]
+__all__ = ["EpochStart", "TrainerState", "capture", "latest_checkpoint", "load_state", "restore", "save_state"]
+
+logger = logging.getLogger("rlstab")
 
 
 @dataclass
@@ -44,7 +48,7 @@ def save_state(checkpoint: str | Path, rank: int, state: TrainerState) -> None:
     text = json.dumps({"values": state.values, "buffer": rest if state.buffer is not None else None})
     partial = value_file.with_suffix(".partial")
     partial.write_text(text)
-    os.replace(partial, value_file)
+    partial.replace(value_file)
 
 
 def load_state(checkpoint: str | Path, rank: int, device: torch.device) -> TrainerState | None:
@@ -60,7 +64,9 @@ def load_state(checkpoint: str | Path, rank: int, device: torch.device) -> Train
         saved: Mapping[str, Any] = json.loads(value_file.read_text())
         tensors = load_file(tensor_file)
     except (OSError, ValueError) as error:
-        raise RecordError(f"{value_file.parent}: the trainer state cannot be read ({error}); resume from an older checkpoint") from error
+        raise RecordError(
+            f"{value_file.parent}: the trainer state cannot be read ({error}); resume from an older checkpoint"
+        ) from error
     buffer: list[dict[str, Any]] | None = None
     if saved["buffer"] is not None:
         buffer = [dict(batch) for batch in saved["buffer"]]
@@ -82,3 +88,64 @@ def latest_checkpoint(output_dir: str | Path) -> Path | None:
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
     complete = [path for path in folders if _paths(path, 0)[1].exists()]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def capture(trainer: Any) -> TrainerState:
+    """The state of a trainer that the host's checkpoint leaves out."""
+    moving = trainer._references.state_dict(trainer.accelerator)
+    tensors = {f"moving/{name}": value for name, value in moving.items()}
+    if trainer._sampler_start is not None:
+        now = trainer._sampler.generator.get_state()
+        tensors |= {"sampler/epoch_start": trainer._sampler_start, "sampler/now": now}
+    values = {
+        "ranks": trainer.accelerator.num_processes,
+        "micro_step": trainer._step,
+        "total_train_tokens": trainer._total_train_tokens,
+        "objective": trainer.objective.state_dict(),
+        "metrics": {key: list(numbers) for key, numbers in trainer._metrics["train"].items()},
+        "recorder": trainer._recorder.state_dict(),
+    }
+    return TrainerState(values=values, buffer=trainer._buffered_inputs, tensors=tensors)
+
+
+def restore(trainer: Any, checkpoint: str) -> None:
+    """Put a trainer back to where `capture` found it; a checkpoint of the host alone gives a warning.
+
+    Raises:
+        ConfigError: if as many processes as wrote the checkpoint are not there.
+        RecordError: if its files cannot be read.
+    """
+    state = load_state(checkpoint, trainer.accelerator.process_index, trainer.accelerator.device)
+    if state is None:
+        logger.warning("%s holds no state of rlstab: the rollouts in use and the controllers start anew", checkpoint)
+        return
+    if state.values["ranks"] != trainer.accelerator.num_processes:
+        raise ConfigError(
+            f"{checkpoint} was written by {state.values['ranks']} processes and is resumed by "
+            f"{trainer.accelerator.num_processes}: the rollouts in use cannot be dealt out anew, resume with as many"
+        )
+    trainer._step = state.values["micro_step"]
+    trainer._total_train_tokens = state.values["total_train_tokens"]
+    trainer._buffered_inputs = state.buffer
+    trainer.objective.load_state_dict(state.values["objective"])
+    trainer._recorder.load_state_dict(state.values["recorder"])
+    for key, numbers in state.values["metrics"].items():
+        trainer._metrics["train"][key] = list(numbers)
+    moving = {k.removeprefix("moving/"): v for k, v in state.tensors.items() if k.startswith("moving/")}
+    trainer._references.load_state_dict(moving, trainer.accelerator)
+    if "sampler/now" in state.tensors:
+        epoch_ended = float(trainer.state.epoch).is_integer()
+        trainer._sampler.generator.set_state(state.tensors["sampler/now" if epoch_ended else "sampler/epoch_start"])
+
+
+class EpochStart(TrainerCallback):
+    """Notes the state of the data sampler when an epoch starts: a resume within the epoch draws the same order."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The sampler draws the epoch's order after this call."""
+        sampler = self._trainer._sampler
+        if isinstance(sampler, RepeatSampler) and sampler.shuffle:
+            self._trainer._sampler_start = sampler.generator.get_state()

@@ -24,8 +24,8 @@ class Generation:
         args = trainer.args
         if args.use_vllm or args.use_transformers_continuous_batching:
             raise ConfigError(
-                "engine=... samples the completions, and args.use_vllm or args.use_transformers_continuous_batching asks "
-                "the host to: set one of them"
+                "engine=... samples the completions, and args.use_vllm or args.use_transformers_continuous_batching "
+                "asks the host to: set one of them"
             )
         if trainer.repetition_penalty != 1.0:
             raise ConfigError(
@@ -34,8 +34,8 @@ class Generation:
             )
         if args.generation_kwargs:
             raise ConfigError(
-                f"args.generation_kwargs={args.generation_kwargs} are arguments of the host's own generation: build the "
-                "engine with them"
+                f"args.generation_kwargs={args.generation_kwargs} are arguments of the host's own generation: build "
+                "the engine with them"
             )
         self._trainer = trainer
         policy = trainer.accelerator.unwrap_model(trainer.model)

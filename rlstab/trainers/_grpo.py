@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from rlstab.batch import Column, Count, ExactDivergence, LogProbs, Requirement, TokenBatch, VocabStat
 from rlstab.errors import ConfigError
@@ -24,8 +22,6 @@ from rlstab.losses import (
     Total,
     exact_statistics,
     prepared_parts,
-    presets,
-    term_name,
     token_mean,
     warn_overflow,
 )
@@ -33,7 +29,7 @@ from rlstab.record import RunFolder
 from rlstab.rollouts import Engine
 from rlstab.trainers import _arguments, _batches, _checkpoint, _host_metrics, _signals
 from rlstab.trainers._generation import EngineFactory, Generation
-from rlstab.trainers._host import GRPOConfig, GRPOTrainer, RepeatSampler, disable_gradient_checkpointing
+from rlstab.trainers._host import GRPOConfig, GRPOTrainer, disable_gradient_checkpointing
 from rlstab.trainers._log import StepLog, reduce_metrics
 from rlstab.trainers._recorder import Recorder
 from rlstab.trainers._references import References
@@ -91,7 +87,7 @@ class StableGRPOTrainer(GRPOTrainer):
         ```
     """
 
-    _tag_names = ["trl", "grpo", "rlstab"]
+    _tag_names: ClassVar[list[str]] = ["trl", "grpo", "rlstab"]
 
     def __init__(
         self,
@@ -106,16 +102,16 @@ class StableGRPOTrainer(GRPOTrainer):
         engine: Engine | EngineFactory | None = None,
         **host: Any,
     ) -> None:
-        args = args if args is not None else GRPOConfig(_default_output_dir(model))
+        args = args if args is not None else GRPOConfig(_arguments.default_output_dir(model))
         self.signals = signals or _signals.OFF
-        self.objective, self.advantage = _resolve(objective, advantage, args)
+        self.objective, self.advantage = _arguments.resolve(objective, advantage, args)
         self._needs = self._all_requirements()
         _arguments.check_schedule(self.objective, args)
         peft = host.get("peft_config") is not None or is_peft_model(model)
         self._exact = [need for need in self._needs if isinstance(need, ExactDivergence)]
         self._references = References(self._reference_sources(args, peft), model, peft=peft)
         copy_adapter = peft and bool(self._references.sources)
-        with _host_loss_arguments(args, beta=1.0 if copy_adapter else 0.0, ours=objective is not None):
+        with _arguments.host_loss_arguments(args, beta=1.0 if copy_adapter else 0.0, ours=objective is not None):
             super().__init__(model, reward_funcs, args, **host)
         self.beta = 0.0
         self._references.prepare(self, model)
@@ -129,12 +125,14 @@ class StableGRPOTrainer(GRPOTrainer):
         self._mismatch = _signals.Mismatch(self.accelerator)
         self._drift = _signals.Drift(self, self._references, self.signals)
         self._step_count: Count | None = None
+        self._buffered_inputs: Any = None
+        self._skipped: set[str] = set()
         self._reward_matrix: Tensor | None = None
         self._truncated: Tensor | None = None
         self._sampler: Any = None
         self._sampler_start: Tensor | None = None
         self.add_callback(self._recorder)
-        self.add_callback(_EpochStart(self))
+        self.add_callback(_checkpoint.EpochStart(self))
 
     def _all_requirements(self) -> frozenset[Requirement]:
         needs = self.objective.requires
@@ -165,8 +163,8 @@ class StableGRPOTrainer(GRPOTrainer):
             )
         if "moving" in sources and peft:
             raise ConfigError(
-                "the reference 'moving' needs a copy of the whole policy, which a PEFT run does not keep: use 'initial' "
-                "(the adapter switched off), or train all weights"
+                "the reference 'moving' needs a copy of the whole policy, which a PEFT run does not keep: use "
+                "'initial' (the adapter switched off), or train all weights"
             )
         if self.signals.drift:
             sources |= {"initial"}
@@ -175,16 +173,16 @@ class StableGRPOTrainer(GRPOTrainer):
     def _check_supply(self) -> None:
         if Column("baseline") in self._needs:
             raise ConfigError(
-                "the advantage reads a baseline per completion (the reward of a greedy completion, for ReMax), which this "
-                "trainer does not produce: use GroupCenter() or LeaveOneOut(), or fill the column in a trainer of your own"
+                "the advantage reads a baseline per completion (for ReMax, the reward of a greedy one), which this "
+                "trainer does not produce: use GroupCenter() or LeaveOneOut(), or fill the column in your own trainer"
             )
         own_generation = type(self)._generate_single_turn is not StableGRPOTrainer._generate_single_turn
         returns_logps = self.use_vllm or self.rollout_func or self._generation or own_generation
         if LogProbs("sampler") in self._needs and not returns_logps:
             raise ConfigError(
                 "the objective reads the sampler's log-probs, but generation with transformers returns none: pass "
-                "engine=TransformersEngine, set use_vllm=True, pass a rollout_func that returns 'logprobs', or drop the "
-                "part that needs them"
+                "engine=TransformersEngine, set use_vllm=True, pass a rollout_func that returns 'logprobs', or drop "
+                "the part that needs them"
             )
 
     # ------------------------------------------------------------------ phase 1: a whole generation
@@ -230,7 +228,7 @@ class StableGRPOTrainer(GRPOTrainer):
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images=has_tool_images
             )
         if images is not None:
-            raise ConfigError("engine=...: this engine adapter takes no images yet: leave engine unset for image inputs")
+            raise ConfigError("engine=... takes no image inputs yet: leave it unset, the host generates with images")
         return self._generation(prompt_ids)
 
     def _total_rewards(self) -> Tensor:
@@ -342,7 +340,7 @@ class StableGRPOTrainer(GRPOTrainer):
         batch = _batches.token_batch(inputs, logps={"policy": logps}, vocab=vocab, counts=self._counts(inputs))
         result = self.objective(batch)
         loss = result.loss
-        if self.aux_loss_enabled:
+        if aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * aux_loss / self._accumulation()
             self._host_log("aux_loss", self.accelerator.gather_for_metrics(aux_loss.detach()).mean().item())
         self._log_host_metrics(result, batch)
@@ -397,11 +395,14 @@ class StableGRPOTrainer(GRPOTrainer):
         self._log_of_step.add({"objective/loss": Total(result.loss.detach() / ranks)})
         for name, report in result.terms.items():
             self._log_of_step.add({"loss": Total(report.loss / ranks), **report.metrics}, prefix=f"objective/{name}/")
-            self._log_of_step.add({ours: report.metrics[key] for key, ours in OF_POLICY.items() if key in report.metrics})
+            of_policy = {ours: report.metrics[key] for key, ours in OF_POLICY.items() if key in report.metrics}
+            self._log_of_step.add(of_policy)
         entropy = token_mean(batch.statistic("entropy"), batch.loss_mask)
         self._log_of_step.add({"policy/entropy": entropy})
         if self.signals.mismatch and "sampler" in batch.logps:
             self._mismatch.add(batch)
+        elif self.signals.mismatch:
+            self.report_skipped("mismatch/k3", "the sampler returns no log-probs: pass engine=TransformersEngine")
 
     def _host_log(self, key: str, value: float) -> None:
         self._metrics["train" if self.model.training else "eval"][key].append(value)
@@ -436,6 +437,13 @@ class StableGRPOTrainer(GRPOTrainer):
             self._host_log("entropy_coef", level)
         self._recorder.close_step(values)
 
+    def report_skipped(self, signal: str, reason: str) -> None:
+        """Say once, in the log and in the run folder, that a signal is not measured and why."""
+        if signal not in self._skipped:
+            self._skipped.add(signal)
+            logger.warning("%s is not measured: %s", signal, reason)
+            self._recorder.event("signal_skipped", signal=signal, reason=reason)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self._recorder.grad_norm = norm
@@ -450,98 +458,9 @@ class StableGRPOTrainer(GRPOTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        _checkpoint.save_state(folder, self.accelerator.process_index, self._trainer_state())
-
-    def _trainer_state(self) -> _checkpoint.TrainerState:
-        tensors = {
-            f"moving/{name}": value for name, value in self._references.state_dict(self.accelerator).items()
-        }
-        if self._sampler_start is not None:
-            tensors |= {"sampler/epoch_start": self._sampler_start, "sampler/now": self._sampler.generator.get_state()}
-        return _checkpoint.TrainerState(
-            values={
-                "ranks": self.accelerator.num_processes,
-                "micro_step": self._step,
-                "total_train_tokens": self._total_train_tokens,
-                "objective": self.objective.state_dict(),
-                "metrics": {key: list(values) for key, values in self._metrics["train"].items()},
-                "recorder": self._recorder.state_dict(),
-            },
-            buffer=self._buffered_inputs,
-            tensors=tensors,
-        )
+        _checkpoint.save_state(folder, self.accelerator.process_index, _checkpoint.capture(self))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        state = _checkpoint.load_state(checkpoint, self.accelerator.process_index, self.accelerator.device)
-        if state is None:
-            logger.warning(
-                "%s was not written by StableGRPOTrainer: the rollouts in use and the controllers start anew", checkpoint
-            )
-            return
-        if state.values["ranks"] != self.accelerator.num_processes:
-            raise ConfigError(
-                f"{checkpoint} was written by {state.values['ranks']} processes and is resumed by "
-                f"{self.accelerator.num_processes}: the rollouts in use cannot be dealt out anew, resume with as many"
-            )
-        self._step = state.values["micro_step"]
-        self._total_train_tokens = state.values["total_train_tokens"]
-        self._buffered_inputs = state.buffer
-        self.objective.load_state_dict(state.values["objective"])
-        self._recorder.load_state_dict(state.values["recorder"])
-        for key, values in state.values["metrics"].items():
-            self._metrics["train"][key] = list(values)
-        moving = {k.removeprefix("moving/"): v for k, v in state.tensors.items() if k.startswith("moving/")}
-        self._references.load_state_dict(moving, self.accelerator)
-        if "sampler/now" in state.tensors:
-            ended = float(self.state.epoch).is_integer()
-            self._sampler.generator.set_state(state.tensors["sampler/now" if ended else "sampler/epoch_start"])
-
-
-class _EpochStart(TrainerCallback):
-    """Notes the state of the data sampler when an epoch starts: a resume within the epoch draws the same order."""
-
-    def __init__(self, trainer: StableGRPOTrainer) -> None:
-        self._trainer = trainer
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The sampler draws the epoch's order after this call."""
-        sampler = self._trainer._sampler
-        if isinstance(sampler, RepeatSampler) and sampler.shuffle:
-            self._trainer._sampler_start = sampler.generator.get_state()
-
-
-@contextmanager
-def _host_loss_arguments(args: GRPOConfig, *, beta: float, ours: bool) -> Iterator[None]:
-    """While the host is built, the arguments whose work rlstab does itself: references and the sampler correction."""
-    changes: dict[str, Any] = {"beta": beta, "sync_ref_model": False}
-    if ours:
-        changes["vllm_importance_sampling_correction"] = False
-    before = {name: args.__dict__[name] for name in changes}
-    args.__dict__.update(changes)
-    try:
-        yield
-    finally:
-        args.__dict__.update(before)
-
-
-def _default_output_dir(model: str | nn.Module) -> str:
-    name = model if isinstance(model, str) else str(model.config._name_or_path)
-    return f"{name.split('/')[-1]}-GRPO"
-
-
-def _resolve(
-    objective: Objective | Term | None, advantage: RolloutPart | None, args: GRPOConfig
-) -> tuple[Objective, RolloutPart | None]:
-    if isinstance(objective, Term):
-        objective = Objective({term_name(objective): objective})
-    if objective is None:
-        objective = presets.from_config(args)
-    else:
-        _arguments.refuse_host_loss_arguments(args, _arguments.OWNED_BY_OBJECTIVE, "objective")
-    advantage = advantage if advantage is not None else objective.advantage
-    if advantage is not None:
-        _arguments.refuse_host_loss_arguments(args, _arguments.OWNED_BY_ADVANTAGE, "advantage")
-    return objective, advantage
+        if checkpoint is not None:
+            _checkpoint.restore(self, checkpoint)

@@ -65,7 +65,7 @@ def host_metrics(keys: list[HostKey], result: ObjectiveLoss, batch: TokenBatch) 
 
 
 def policy_loss(objective: Objective, result: ObjectiveLoss, accumulation: float) -> dict[str, Metric]:
-    """The loss without the entropy bonus, which the host logs where there is one, before its division by accumulation."""
+    """The loss without the entropy bonus, as the host logs it where there is one: not divided by accumulation."""
     if not any(isinstance(term, EntropyBonus) for term in objective.terms.values()):
         return {}
     values = [

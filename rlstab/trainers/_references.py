@@ -52,9 +52,7 @@ class References:
             reference = self._models[source].requires_grad_(False).eval()
             if args.disable_dropout:
                 disable_dropout_in_model(reference)
-            add_fused_lm_head(
-                reference, temperature=args.temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32
-            )
+            add_fused_lm_head(reference, temperature=args.temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
             self._models[source] = _place(reference, trainer)
         if "moving" in self._models:
             trainer.add_callback(

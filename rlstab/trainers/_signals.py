@@ -84,10 +84,10 @@ class Drift:
 
     def measure(self, inputs: Mapping[str, Any]) -> dict[str, float]:
         """KL(policy ‖ reference) per token with its standard error by prompt, for every reference in memory."""
-        sources = sorted(self._references.sources)
-        if not sources or "pixel_values" in inputs:
+        sources, trainer = sorted(self._references.sources), self._trainer
+        if "pixel_values" in inputs:
+            trainer.report_skipped("drift/initial/kl", "completions with image inputs are not scored for drift yet")
             return {}
-        trainer = self._trainer
         rows, columns = self._positions(inputs)
         call = _scoring_call(inputs, rows, columns)
         mask = _batches.completion_masks(inputs)[1][rows][:, columns]
@@ -118,9 +118,9 @@ class Drift:
         training = model.training
         model.eval()
         with torch.no_grad(), self._trainer.accelerator.autocast():
-            logits: Tensor = model(**call).logits
+            logits: Tensor = model(**call).logits.float()
         model.train(training)
-        return logits.float() / self._trainer.args.temperature
+        return logits / float(self._trainer.args.temperature)
 
 
 def _one_of_each_first(order: Tensor, group: Tensor) -> Tensor:
@@ -128,9 +128,9 @@ def _one_of_each_first(order: Tensor, group: Tensor) -> Tensor:
     firsts: dict[int, int] = {}
     for position, row in enumerate(order.tolist()):
         firsts.setdefault(int(group[row]), position)
-    front = sorted(firsts.values())
-    rest = [position for position in range(len(order)) if position not in set(front)]
-    return order[torch.tensor(front + rest, dtype=torch.long)]
+    front = set(firsts.values())
+    positions = sorted(range(len(order)), key=lambda position: position not in front)
+    return order[torch.tensor(positions, dtype=torch.long)]
 
 
 def _scoring_call(inputs: Mapping[str, Any], rows: Tensor, columns: Tensor) -> dict[str, Tensor]:

@@ -50,7 +50,9 @@ def _cases() -> dict[str, Case]:
         f"{name}-kl": Case(f"loss_type={name}, beta", {"loss_type": name, "beta": 0.1, **twice})
         for name in ("grpo", "dapo", "cispo", "luspo")
     }
-    cases["vespo-kl"] = Case("loss_type=vespo, beta", {"loss_type": "vespo", "beta": 0.1, "learning_rate": 1e-3, **twice})
+    cases["vespo-kl"] = Case(
+        "loss_type=vespo, beta", {"loss_type": "vespo", "beta": 0.1, "learning_rate": 1e-3, **twice}
+    )
     cases |= {
         f"dapo-{mode}": Case(
             f"sampler correction {mode}",
@@ -84,7 +86,8 @@ def _cases() -> dict[str, Case]:
             "entropy bonus on top-entropy tokens", {"entropy_coef": 0.01, "top_entropy_quantile": 0.4, **twice}
         ),
         "adaptive-entropy": Case(
-            "adaptive entropy bonus", {"use_adaptive_entropy": True, "entropy_coef": 0.01, "entropy_target": 2.5, **twice}
+            "adaptive entropy bonus",
+            {"use_adaptive_entropy": True, "entropy_coef": 0.01, "entropy_target": 2.5, **twice},
         ),
         "vespo-sampler": Case(
             "VESPO with the sampler's ratio",
@@ -109,7 +112,9 @@ def _cases() -> dict[str, Case]:
         "peft": Case("LoRA adapters", dict(twice), peft=True),
         "peft-kl": Case("LoRA adapters, beta", {"beta": 0.1, **twice}, peft=True),
         "tool-mask": Case("tokens of tools masked", dict(twice), tools=True),
-        "evaluation": Case("evaluation between steps", {"eval_strategy": "steps", "eval_steps": 2, **twice}, evaluate=True),
+        "evaluation": Case(
+            "evaluation between steps", {"eval_strategy": "steps", "eval_steps": 2, **twice}, evaluate=True
+        ),
     }
     return cases
 
