@@ -112,7 +112,7 @@ def gradient(value: Tensor, world: Tokens | Sequences) -> Tensor:
 
 def relative(error: Tensor, truth: Tensor) -> float:
     """The size of an error as a share of the truth's."""
-    return float(error.norm() / truth.norm())
+    return float(error.detach().norm() / truth.detach().norm())
 
 
 def assert_exact(found: Tensor, truth: Tensor) -> None:
