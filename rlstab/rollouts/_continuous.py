@@ -24,7 +24,7 @@ from rlstab.rollouts._rows import RowCache, Rows, empty_cache, join_rows
 IDLE_SHARE = 4
 """Rows are exchanged once one in so many is done: seldom enough to copy little, often enough to waste little."""
 
-ROOM = 64
+ROOM = 32
 """Fewest columns of room that a cache is given, unless its rows cannot need as many."""
 
 

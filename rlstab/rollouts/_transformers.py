@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,9 @@ from rlstab.rollouts._engine import Engine, Health
 from rlstab.rollouts._kept import KeptSets
 from rlstab.rollouts._request import Request, Sampling
 from rlstab.rollouts._rollout import Rollout, Timing, Turn
-from rlstab.rollouts._weights import ModelWeights, WeightSource
+from rlstab.rollouts._rows import holds_rows
+from rlstab.rollouts._weights import ModelWeights, WeightSource, base_model
+from rlstab.rollouts._whole import WholeBatches
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -35,7 +38,8 @@ class TransformersEngine(Engine):
     """Samples with a transformers model in this process: the default, which needs nothing else.
 
     Rows that finish leave the batch and waiting prompts take their places; a prompt that several requests share is read
-    once. Every request draws from a random stream of its own: which other requests are in the call, and how many rows
+    once. Requests with features (images), and models that keep more than keys and values (linear attention), run in
+    batches that last as long as their longest row instead. Every request draws from a random stream of its own: which other requests are in the call, and how many rows
     run at once, changes its log-probs by rounding only, so practically never its tokens.
 
     The engine shares the trainer's model by default, and so is never stale. With `share=False` it samples with a copy,
@@ -55,7 +59,7 @@ class TransformersEngine(Engine):
         name: id of the engine in rollouts and events.
 
     Raises:
-        ConfigError: if a size is not positive, or a `dtype` is asked of a shared model.
+        ConfigError: if a size is not positive, if a `dtype` is asked of a shared model, or if the model has an encoder.
 
     Example:
         >>> from rlstab.models import tiny_causal_lm, tiny_tokenizer
@@ -83,8 +87,13 @@ class TransformersEngine(Engine):
                 raise ConfigError(f"TransformersEngine: {key} {size}; expected at least 1")
         if share and dtype is not None:
             raise ConfigError(f"TransformersEngine: dtype {dtype} of a shared model; set share=False to sample in it")
+        if base_model(model).config.is_encoder_decoder:
+            raise ConfigError(
+                f"TransformersEngine: {type(model).__name__} has an encoder; expected a decoder-only model"
+            )
         self._model = model if share else _copied(model, dtype)
         self._share = share
+        self._by_rows = _decodes_by_rows(model)
         self._stop_ids = _end_of_sequence(model, tokenizer)
         self._slots = slots
         self._prefill_tokens = prefill_tokens
@@ -111,6 +120,7 @@ class TransformersEngine(Engine):
         """Continue every prompt: see `Engine.generate`.
 
         Raises:
+            ConfigError: if a request has images and no features.
             EngineError: if the engine is closed, or if the model's logits are not finite.
         """
         if self._closed:
@@ -118,19 +128,20 @@ class TransformersEngine(Engine):
         called = time.perf_counter()
         stop_ids = self._stop_ids if sampling.stop_ids is None else frozenset(sampling.stop_ids)
         answers = _answers(requests, sampling)
-        with _evaluating(self._model):
-            decoder = Decoder(
-                self._model,
-                sampling,
-                torch.tensor(sorted(stop_ids), dtype=torch.int64, device=self._model.device),
-                slots=self._slots,
-                prefill_tokens=self._prefill_tokens,
-            )
-            decoder.run(answers)
+        self._fill(answers, sampling, stop_ids)
         return [
             self._rollout(request, answer, called=called, stopped=answer.stopped(stop_ids))
             for request, answer in zip(requests, answers, strict=True)
         ]
+
+    def _fill(self, answers: Sequence[Answer], sampling: Sampling, stop_ids: frozenset[int]) -> None:
+        stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=self._model.device)
+        by_rows = [answer for answer in answers if self._by_rows and not answer.features]
+        whole = [answer for answer in answers if not self._by_rows or answer.features]
+        decoder = Decoder(self._model, sampling, stops, slots=self._slots, prefill_tokens=self._prefill_tokens)
+        with _evaluating(self._model):
+            decoder.run(by_rows)
+            WholeBatches(self._model, sampling, stops, slots=self._slots).run(whole)
 
     def sync_weights(self, source: WeightSource, version: int) -> None:
         """Copy the weights of `source`; an engine that shares its model has them already and notes the version.
@@ -191,6 +202,10 @@ class TransformersEngine(Engine):
 
 
 def _answers(requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
+    if any(request.images and not request.features for request in requests):
+        raise ConfigError(
+            "TransformersEngine: a request has images only; expected the processor's features beside them"
+        )
     call_seed = int(torch.randint(2**62, ())) if sampling.seed is None else sampling.seed
     own = [request.seed is not None for request in requests]
     seeds = torch.tensor([call_seed if request.seed is None else request.seed for request in requests])
@@ -208,6 +223,14 @@ def _answers(requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
     ]
 
 
+def _decodes_by_rows(model: PreTrainedModel) -> bool:
+    """Can rows join and leave between two forwards of the model? Otherwise batches run whole."""
+    if is_peft_model(model) and cast("PeftModel", model).active_peft_config.is_prompt_learning:
+        return False
+    base = base_model(model)
+    return holds_rows(base.config) and "position_ids" in inspect.signature(type(base).forward).parameters
+
+
 def _end_of_sequence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     configured = model.generation_config.eos_token_id
     several = configured if isinstance(configured, list) else [configured]
@@ -215,7 +238,7 @@ def _end_of_sequence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 
 def _copied(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
-    base: PreTrainedModel = cast("PeftModel", model).get_base_model() if is_peft_model(model) else model  # type: ignore[assignment]
+    base = base_model(model)
     weights = dict(ModelWeights(model).named_tensors())
     with isolated_rng(0):
         duplicate: PreTrainedModel = type(base)(copy.deepcopy(base.config))

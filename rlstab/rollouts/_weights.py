@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast, final
 
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -51,6 +52,11 @@ class ModelWeights(WeightSource):
             yield from _merged_tensors(cast("PeftModel", self.model))
         else:
             yield from _detached(self.model)
+
+
+def base_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The model inside PEFT's wrapper, if there is one."""
+    return cast("PreTrainedModel", cast("PeftModel", model).get_base_model()) if is_peft_model(model) else model
 
 
 def _detached(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

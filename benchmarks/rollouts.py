@@ -1,0 +1,142 @@
+"""Tokens per second of the rollout engines against the bare backend, on the same requests, in turn, in one run.
+
+    python benchmarks/rollouts.py [--rounds N] [--json FILE]
+
+One thread, the tiny dense model of `rlstab.models`, 32 prompts with 8 completions each. The backend is `model.generate`
+with the settings that TRL gives it, and the unpadded lists that TRL makes of its result. Where lengths vary, a stopping
+criterion ends each row of `generate` at the length at which the engine's request ends. A ratio above 1 means that the
+engine is faster; beside it stands the ratio of the backend against itself, which is the noise of the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from rlstab.models import tiny_causal_lm, tiny_tokenizer
+from rlstab.rollouts import Request, Sampling, TransformersEngine
+
+PROMPTS, GROUP = 32, 8
+CASES = {"lengths equal": (64, 64), "lengths 20 to 200": (20, 200)}
+
+
+class RowLimits(StoppingCriteria):  # type: ignore[misc]
+    """Ends each row at a length of its own."""
+
+    def __init__(self, lengths: Tensor) -> None:
+        self.lengths = lengths
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return input_ids.shape[1] >= self.lengths
+
+
+def requests_of(low: int, high: int) -> list[Request]:
+    """Prompts of 8 to 24 tokens; limits spread evenly over the range."""
+    rng = random.Random(0)
+    prompts = [[rng.randrange(3, 16) for _ in range(rng.randint(8, 24))] for _ in range(PROMPTS)]
+    count = PROMPTS * GROUP
+    limits = [low + (high - low) * place // (count - 1) for place in range(count)]
+    rng.shuffle(limits)
+    return [Request(prompt_ids=prompts[i // GROUP], max_new_tokens=limit) for i, limit in enumerate(limits)]
+
+
+def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, requests: Sequence[Request]) -> int:
+    """The backend, called as TRL calls it; returns the number of tokens."""
+    limits = [request.max_new_tokens or 0 for request in requests]
+    width = max(len(request.prompt_ids) for request in requests)
+    ids = torch.full((len(requests), width), cast(int, tokenizer.pad_token_id))
+    mask = torch.zeros_like(ids)
+    for row, request in enumerate(requests):
+        ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
+        mask[row, width - len(request.prompt_ids) :] = 1
+    config = GenerationConfig(
+        max_new_tokens=max(limits),
+        do_sample=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.vocab_size,  # is never drawn: all rows reach their limits
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        repetition_penalty=1.0,
+        disable_compile=True,
+    )
+    ends = [RowLimits(torch.tensor(limits) + width)] if len(set(limits)) > 1 else []
+    with torch.no_grad():
+        out = cast(Callable[..., Tensor], model.generate)(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList(ends),
+        )
+    lists = [row[:limit].tolist() for row, limit in zip(out[:, width:], limits, strict=True)]
+    return sum(map(len, lists))
+
+
+def engine_generate(engine: TransformersEngine, requests: Sequence[Request]) -> int:
+    rollouts = engine.generate(requests, Sampling(max_new_tokens=200, stop_ids=()))
+    return sum(len(rollout.token_ids) for rollout in rollouts)
+
+
+def tokens_per_second(work: Callable[[], int]) -> float:
+    start = time.perf_counter()
+    return work() / (time.perf_counter() - start)
+
+
+def compare(engine: Callable[[], int], backend: Callable[[], int], rounds: int) -> dict[str, float]:
+    """Median rates, and medians of the ratios of each round, in which all three run one after the other."""
+    engine(), backend()
+    rates = [[tokens_per_second(work) for work in (backend, engine, backend)] for _ in range(rounds)]
+    ratios = sorted(ours / statistics.fmean((before, after)) for before, ours, after in rates)
+    return {
+        "engine tokens/s": statistics.median(ours for _, ours, _ in rates),
+        "backend tokens/s": statistics.median(rate for before, _, after in rates for rate in (before, after)),
+        "ratio": statistics.median(ratios),
+        "ratio min": ratios[0],
+        "ratio max": ratios[-1],
+        "backend to itself": statistics.median(before / after for before, _, after in rates),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path, help="file for the numbers")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    tokenizer = tiny_tokenizer("0123456789+= ")
+    model = tiny_causal_lm(tokenizer)
+    engine = TransformersEngine(model, tokenizer)
+    results: dict[str, dict[str, float]] = {}
+    for name, (low, high) in CASES.items():
+        requests = requests_of(low, high)
+        results[f"transformers, {name}"] = compare(
+            lambda requests=requests: engine_generate(engine, requests),  # type: ignore[misc]
+            lambda requests=requests: generate(model, tokenizer, requests),  # type: ignore[misc]
+            arguments.rounds,
+        )
+    print(f"{'engine':32}" + "".join(f"{column:>19}" for column in next(iter(results.values()))))
+    for name, row in results.items():
+        print(f"{name:32}" + "".join(f"{value:19.2f}" if value < 100 else f"{value:19.0f}" for value in row.values()))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
