@@ -1,5 +1,6 @@
 """Recipes: a YAML file becomes frozen dataclasses, and these become a run."""
 
+from rlstab.recipes._engines import EngineSource, Transformers
 from rlstab.recipes._evaluate import Estimate, Evaluation, Example, evaluate
 from rlstab.recipes._models import LoadedModel, LoRA, ModelSource, PretrainedModel, TinyModel
 from rlstab.recipes._reading import ReadRecipe, read_recipe, recipe_parser
@@ -8,6 +9,7 @@ from rlstab.recipes._run import Outcome, run_recipe
 from rlstab.recipes._warmup import WarmUp, warm_up
 
 __all__ = [
+    "EngineSource",
     "Estimate",
     "Evaluation",
     "Example",
@@ -20,6 +22,7 @@ __all__ = [
     "ReadRecipe",
     "Recipe",
     "TinyModel",
+    "Transformers",
     "WarmUp",
     "evaluate",
     "read_recipe",

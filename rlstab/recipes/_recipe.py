@@ -7,6 +7,7 @@ from typing import Any
 
 from rlstab.errors import RecipeError
 from rlstab.losses import Advantage, Objective
+from rlstab.recipes._engines import EngineSource
 from rlstab.recipes._models import LoRA, ModelSource
 from rlstab.recipes._warmup import WarmUp
 from rlstab.tasks import EmbeddedTask, Task
@@ -58,6 +59,7 @@ class Recipe:
         task: prompts and reward.
         objective: what is minimised; None leaves the loss to the trainer's own arguments (`loss_type`, `beta`, ...).
         advantage: how rewards become advantages; None leaves it to the trainer's own arguments.
+        engine: what samples the completions, with the log-prob of every token; None leaves it to the host (`use_vllm`).
         adapter: train low-rank updates instead of the weights.
         warmup: supervised warm-up on the task's demonstrations; None starts from the model as it is.
         evaluation: evaluation on held-out prompts.
@@ -73,6 +75,7 @@ class Recipe:
     task: Task
     objective: Objective | None = None
     advantage: Advantage | None = None
+    engine: EngineSource | None = None
     adapter: LoRA | None = None
     warmup: WarmUp | None = None
     evaluation: HeldOut = HeldOut()

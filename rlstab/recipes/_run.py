@@ -174,6 +174,7 @@ class _Run:
                 advantage=recipe.advantage,
                 signals=recipe.signals,
                 run=self.folder,
+                engine=recipe.engine,
                 train_dataset=recipe.task.prompts(recipe.prompts, split="train", seed=recipe.seed),
                 processing_class=tokenizer,
                 callbacks=callbacks,

@@ -1,0 +1,47 @@
+"""What samples the completions of a run."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlstab.rollouts import Engine, TransformersEngine
+
+__all__ = ["EngineSource", "Transformers"]
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class EngineSource(ABC):
+    """A rollout engine by its settings: it is built on the policy when the trainer has prepared it."""
+
+    @abstractmethod
+    def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Engine:
+        """The engine that samples for this policy."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Transformers(EngineSource):
+    """Continuous batching with the policy itself, or with a copy of it in another precision.
+
+    Args:
+        dtype: precision of a copy that samples; None samples with the policy itself.
+        slots: completions that are sampled at a time.
+
+    Example:
+        >>> Transformers(dtype="bfloat16").slots
+        256
+    """
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    slots: int = 256
+
+    def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Engine:
+        """The engine that samples for this policy."""
+        if self.dtype is None:
+            return TransformersEngine(model, tokenizer, slots=self.slots)
+        return TransformersEngine(model, tokenizer, share=False, dtype=DTYPES[self.dtype], slots=self.slots)
