@@ -1,18 +1,19 @@
 """Surrogates that bound the importance ratio: PPO's clips, CISPO, SAPO, GMPO."""
 
+import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from rlstab.batch import TokenBatch
 from rlstab.errors import ConfigError, ShapeError
 from rlstab.losses._checks import check_positive, check_range
 from rlstab.losses._mean import Mean, MeanField
-from rlstab.losses._metrics import Max, Metric, mask_like, masked_max
+from rlstab.losses._metrics import Metric
 from rlstab.losses._ratio import finite_logp, masked_row_mean, ratio_of
-from rlstab.losses._surrogate import RatioSurrogate, clip_metrics, clip_share
+from rlstab.losses._surrogate import RatioSurrogate, clip_metrics, clip_share, ratio_max
 
 
 def clipped_surrogate(
@@ -30,13 +31,12 @@ def clipped_surrogate(
     >>> clipped_surrogate(torch.tensor([[1.5, 0.5]]), torch.tensor([[1.0]]), low=0.2, high=0.28)
     tensor([[-1.2800, -0.5000]])
     """
-    clipped = ratio.clamp(1 - low, 1 + high)
-    if cap is not None:
-        ratio = ratio.clamp(max=cap)
-    gain = torch.min(ratio * advantages, clipped * advantages)
-    if dual is not None:
-        gain = torch.where(advantages < 0, torch.max(gain, dual * advantages), gain)
-    return -gain
+    cap = math.inf if cap is None else cap
+    largest = max(cap, 1 + high) if dual is None else dual
+    # The minimum bounds the ratio above where A > 0, below where A < 0; there the other bounds act on large ratios.
+    lower = torch.where(advantages < 0, 1 - low, torch.full_like(advantages, -math.inf))
+    upper = torch.where(advantages > 0, min(cap, 1 + high), torch.full_like(advantages, largest))
+    return -(ratio.clamp(lower, upper) * advantages)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +104,10 @@ class ClippedSurrogate(RatioSurrogate):
         """The clipped loss."""
         ratio, advantages = ratio_of(self.ratio.log_ratio(batch)), batch.token_advantages()
         loss = clipped_surrogate(ratio, advantages, low=self.low, high=self.high, dual=self.dual, cap=self.cap)
-        metrics = clip_metrics(ratio, advantages, batch.loss_mask, low=1 - self.low, high=1 + self.high)
+        metrics = clip_metrics(ratio, advantages, batch, low=1 - self.low, high=1 + self.high)
+        metrics["ratio_max"] = ratio_max(ratio, batch)
         if self.dual is not None:
-            metrics["clip_dual"] = clip_share((ratio.detach() > self.dual) & (advantages < 0), batch.loss_mask)
+            metrics["clip_dual"] = clip_share((ratio.detach() > self.dual) & (advantages < 0), batch)
         return loss, metrics
 
 
@@ -126,7 +127,8 @@ class CISPO(RatioSurrogate):
         ratio: the importance ratio.
         weights: detached factors.
 
-    Metrics: as of `ClippedSurrogate`; `clip_high` counts ratios above `max` at A > 0.
+    Metrics: `clip_high`, the share of ratios above `max` at A > 0; with `min` also `clip_low`, that of ratios below it
+    at A < 0; `ratio_max`.
 
     Raises:
         ConfigError: unless 0 <= min < max.
@@ -160,7 +162,11 @@ class CISPO(RatioSurrogate):
         ratio = ratio_of(self.ratio.log_ratio(batch).detach())  # sg(r): a weight
         advantages = batch.token_advantages()
         loss = -ratio.clamp(self.min, self.max) * advantages * finite_logp(batch.logp("policy"))
-        return loss, clip_metrics(ratio, advantages, batch.loss_mask, low=self.min or 0.0, high=self.max)
+        metrics: dict[str, Metric] = {"ratio_max": ratio_max(ratio, batch)}
+        metrics["clip_high"] = clip_share((ratio > self.max) & (advantages > 0), batch)
+        if self.min is not None:
+            metrics["clip_low"] = clip_share((ratio < self.min) & (advantages < 0), batch)
+        return loss, metrics
 
 
 def sapo_surrogate(
@@ -219,13 +225,13 @@ class SAPO(RatioSurrogate):
         """The gated loss."""
         ratio = ratio_of(self.ratio.log_ratio(batch))
         loss = sapo_surrogate(ratio, batch.token_advantages(), tau_pos=self.tau_pos, tau_neg=self.tau_neg)
-        return loss, {"ratio_max": masked_max(ratio, mask_like(ratio, batch.loss_mask))}
+        return loss, {"ratio_max": ratio_max(ratio, batch)}
 
 
 def gmpo_surrogate(
     log_ratio: Float[Tensor, "B T"],
     advantages: Float[Tensor, "B 1"],
-    mask: Bool[Tensor, "B T"],
+    mask: Shaped[Tensor, "B T"],
     *,
     low: float,
     high: float,
@@ -290,6 +296,6 @@ class GMPO(RatioSurrogate):
         log_ratio, advantages = self.ratio.log_ratio(batch), batch.token_advantages()
         if advantages.shape[-1] != 1:
             raise ShapeError(f"GMPO: expected one advantage per row, got {list(advantages.shape)}")
-        loss = gmpo_surrogate(log_ratio, advantages, batch.loss_mask, low=self.low, high=self.high)
-        metrics = clip_metrics(log_ratio, advantages, batch.loss_mask, low=-self.low, high=self.high)
-        return loss, metrics | {"ratio_max": Max(ratio_of(metrics["ratio_max"].value()))}
+        loss = gmpo_surrogate(log_ratio, advantages, batch.token_weight, low=self.low, high=self.high)
+        metrics = clip_metrics(log_ratio, advantages, batch, low=-self.low, high=self.high)
+        return loss, metrics | {"ratio_max": ratio_max(ratio_of(log_ratio.detach()), batch)}

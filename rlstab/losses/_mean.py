@@ -60,11 +60,11 @@ class Mean:
             if self.unit != "sequence":
                 raise ShapeError(f"a loss with one value per row has no mean over {self.unit!r}: use .mean('sequence')")
             return loss.sum() / _or_one(count.sequences)
-        masked = torch.where(batch.loss_mask, loss, 0.0)
+        masked = loss * batch.token_weight
         if self.unit == "token":
             return masked.sum() / _or_one(count.tokens)
         if self.unit == "sequence":
-            return (masked.sum(-1) / batch.loss_mask.sum(-1).clamp(min=1)).sum() / _or_one(count.sequences)
+            return (masked.sum(-1) / batch.token_weight.sum(-1).clamp(min=1)).sum() / _or_one(count.sequences)
         return masked.sum() / (_or_one(count.sequences) * self.unit)
 
 

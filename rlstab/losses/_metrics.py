@@ -141,5 +141,5 @@ def masked_min(values: Tensor, mask: Tensor) -> Min:
 
 
 def mask_like(values: Tensor, mask: Tensor) -> Tensor:
-    """`mask` for values per token; for one value per row (`[B, 1]`) the rows that have a token."""
-    return mask if values.shape == mask.shape else mask.any(-1, keepdim=True)
+    """`mask` for values per token; for one value per row (`[B, 1]`) the mask of the rows that have a token."""
+    return mask if values.shape == mask.shape else mask.amax(-1, keepdim=True)

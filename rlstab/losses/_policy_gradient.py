@@ -11,10 +11,10 @@ from rlstab.batch import Column, LogProbs, Requirement, TokenBatch
 from rlstab.errors import CompositionError
 from rlstab.losses._checks import check_positive, check_range
 from rlstab.losses._mean import Mean, MeanField
-from rlstab.losses._metrics import Metric, Sum, mask_like, masked_max, token_mean
+from rlstab.losses._metrics import Metric, Sum, mask_like, token_mean
 from rlstab.losses._ratio import finite_logp, ratio_of
 from rlstab.losses._sampler_weight import SamplerCorrection
-from rlstab.losses._surrogate import RatioSurrogate, Surrogate
+from rlstab.losses._surrogate import RatioSurrogate, Surrogate, ratio_max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class PolicyGradient(Surrogate):
     def surrogate(self, batch: TokenBatch) -> tuple[Float[Tensor, "B T"], dict[str, Metric]]:
         """The log-probs, weighted with the advantages."""
         logp = finite_logp(batch.logp("policy"))
-        return -batch.token_advantages() * logp, {"logp": token_mean(logp, batch.loss_mask)}
+        return -batch.token_advantages() * logp, {"logp": token_mean(logp, batch.token_weight)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class ImportanceSurrogate(RatioSurrogate):
     def surrogate(self, batch: TokenBatch) -> tuple[Float[Tensor, "B #T"], dict[str, Metric]]:
         """The ratios, weighted with the advantages."""
         ratio = ratio_of(self.ratio.log_ratio(batch))
-        return -ratio * batch.token_advantages(), {"ratio_max": masked_max(ratio, mask_like(ratio, batch.loss_mask))}
+        return -ratio * batch.token_advantages(), {"ratio_max": ratio_max(ratio, batch)}
 
 
 _TOKEN_LIMIT = 20.0
@@ -160,12 +160,12 @@ class VESPO(RatioSurrogate):
     def surrogate(self, batch: TokenBatch) -> tuple[Float[Tensor, "B T"], dict[str, Metric]]:
         """The weighted log-probs."""
         log_ratio = self.ratio.log_ratio(batch).detach()  # sg(phi): a weight
-        log_weight = (log_ratio.clamp(-_TOKEN_LIMIT, _TOKEN_LIMIT) * batch.loss_mask).sum(-1, keepdim=True)
+        log_weight = (log_ratio.clamp(-_TOKEN_LIMIT, _TOKEN_LIMIT) * batch.token_weight).sum(-1, keepdim=True)
         metrics: dict[str, Metric] = {}
         if self.correction is not None:
             rho, metrics = self.correction.weigh(batch)
             log_rho = rho.log().clamp(*_LOG_WEIGHT_RANGE)
-            log_weight = log_weight + (log_rho * mask_like(log_rho, batch.loss_mask)).sum(-1, keepdim=True)
+            log_weight = log_weight + (log_rho * mask_like(log_rho, batch.token_weight)).sum(-1, keepdim=True)
         advantages = batch.token_advantages()
         phi = vespo_weight(
             log_weight,
@@ -176,8 +176,8 @@ class VESPO(RatioSurrogate):
             lambda_neg=self.lambda_neg,
         )
         loss = -phi * advantages * finite_logp(batch.logp("policy"))
-        metrics["phi"] = token_mean(phi, batch.loss_mask)
-        metrics["ratio_max"] = masked_max(ratio_of(log_weight), mask_like(log_weight, batch.loss_mask))
+        metrics["phi"] = token_mean(phi, batch.token_weight)
+        metrics["ratio_max"] = ratio_max(ratio_of(log_weight), batch)
         return loss if self.correction is None else self.correction.drop_unscored(loss, batch), metrics
 
 
@@ -254,7 +254,7 @@ class AStarPO(Surrogate):
         advantage = (batch.column("rewards") - batch.column("baseline")).unsqueeze(-1)
         scored = ~advantage.isnan()
         advantage = torch.where(scored, advantage, 0.0)
-        log_ratio = (batch.logp("policy") - batch.logp(self.reference)) * batch.loss_mask
+        log_ratio = (finite_logp(batch.logp("policy")) - finite_logp(batch.logp(self.reference))) * batch.loss_mask
         log_ratio = log_ratio.sum(-1, keepdim=True)
         loss = (self.beta * log_ratio - advantage).square() * scored
         count = scored.sum()

@@ -4,13 +4,13 @@ from abc import abstractmethod
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Num
 from torch import Tensor
 
 from rlstab.batch import Column, LogProbs, Requirement, TokenBatch
 from rlstab.errors import CompositionError, ConfigError
-from rlstab.losses._metrics import Max, Metric, Min, Sum, mask_like, masked_max
-from rlstab.losses._ratio import Ratio, TokenRatio
+from rlstab.losses._metrics import Max, Metric, Min, Sum, Total, mask_like
+from rlstab.losses._ratio import Ratio, TokenRatio, unscored
 from rlstab.losses._sampler_weight import SamplerCorrection
 from rlstab.losses._term import Loss, Term
 from rlstab.losses._weight import Weight
@@ -64,9 +64,14 @@ class Surrogate(Term):
 class RatioSurrogate(Surrogate):
     """A surrogate of the importance ratio between the policy and an earlier one. Abstract.
 
+    With a ratio against the sampler, tokens that it could not score (NaN) are left out of a loss per token, and are no
+    evidence about the ratio of their sequence.
+
     Args:
         ratio: the importance ratio.
         weights: detached factors, multiplied in their order.
+
+    Metrics: `unscored`, the number of such tokens.
 
     Raises:
         CompositionError: if the ratio is against the sampler and a weight corrects for the sampler once more.
@@ -89,6 +94,16 @@ class RatioSurrogate(Surrogate):
                 f"{type(self.ratio).__name__}: use TokenRatio"
             )
 
+    def loss(self, batch: TokenBatch) -> Loss:
+        """The surrogate times its weights, without tokens that have no ratio."""
+        values, metrics = super().loss(batch)
+        if self.ratio.against != "sampler":
+            return Loss(values, metrics)
+        missing = unscored(batch)
+        if values.shape == missing.shape:
+            values = torch.where(missing, 0.0, values)
+        return Loss(values, {**metrics, "unscored": Total(missing.sum())})
+
     @property
     def inert_at_ratio_one(self) -> tuple[str, ...]:
         """What does nothing while the ratio is 1, for a notice to the user."""
@@ -100,10 +115,15 @@ class RatioSurrogate(Surrogate):
         return super().inert_on_policy + (self.inert_at_ratio_one if self.ratio.against == "old" else ())
 
 
+def ratio_max(ratio: Float[Tensor, "B #T"], batch: TokenBatch) -> Max:
+    """The largest ratio of a token, or of a row that has one; 0 without tokens."""
+    return Max((ratio.detach() * mask_like(ratio, batch.token_weight)).amax())
+
+
 def clip_metrics(
     ratio: Float[Tensor, "B #T"],
     advantages: Float[Tensor, "B #T"],
-    mask: Bool[Tensor, "B T"],
+    batch: TokenBatch,
     *,
     low: float,
     high: float,
@@ -112,11 +132,14 @@ def clip_metrics(
 
     `clip_low`, `clip_high` and `clip_region` (both) are shares of the tokens, or of the rows where there is one ratio
     and one advantage per row; `clip_low_min` and `clip_high_max` are the smallest and largest share over the rows that
-    hold a token; `ratio_max` is the largest ratio.
+    hold a token.
     """
-    ratio = ratio.detach()  # metrics hold no graph
-    below, rows = _per_row((ratio < low) & (advantages < 0), mask)
-    above, _ = _per_row((ratio > high) & (advantages > 0), mask)
+    sign, rising = advantages.sign(), advantages > 0
+    edge = torch.where(rising, high, torch.full_like(advantages, low))
+    stopped = ratio.detach() * sign > edge * sign  # one comparison for both sides
+    region, rows = count_per_row(stopped, batch)
+    above = region * rising.squeeze(-1) if rising.shape[-1] == 1 else count_per_row(stopped & rising, batch)[0]
+    below = region - above
     total, below_total, above_total = rows.sum(), below.sum(), above.sum()
     return {
         "clip_low": Sum(below_total, total),
@@ -124,18 +147,17 @@ def clip_metrics(
         "clip_region": Sum(below_total + above_total, total),
         "clip_low_min": Min(torch.where(rows > 0, below / rows, torch.inf).amin()),
         "clip_high_max": Max(torch.where(rows > 0, above / rows, -torch.inf).amax()),
-        "ratio_max": masked_max(ratio, mask_like(ratio, mask)),
     }
 
 
-def clip_share(clipped: Bool[Tensor, "B #T"], mask: Bool[Tensor, "B T"]) -> Sum:
+def clip_share(clipped: Bool[Tensor, "B #T"], batch: TokenBatch) -> Sum:
     """The share of the tokens, or of the rows, that are clipped."""
-    counts, rows = _per_row(clipped, mask)
+    counts, rows = count_per_row(clipped, batch)
     return Sum(counts.sum(), rows.sum())
 
 
-def _per_row(clipped: Bool[Tensor, "B #T"], mask: Bool[Tensor, "B T"]) -> tuple[Int[Tensor, "B"], Int[Tensor, "B"]]:
-    """How many values of each row are clipped, and how many there are."""
-    if clipped.shape == mask.shape:
-        return (clipped & mask).sum(-1), mask.sum(-1)
-    return clipped.sum(-1), torch.ones_like(clipped).sum(-1)
+def count_per_row(flags: Bool[Tensor, "B #T"], batch: TokenBatch) -> tuple[Num[Tensor, "B"], Float[Tensor, "B"]]:
+    """How many flags of each row are set, and how many values it has: its tokens, or 1 for one value per row."""
+    if flags.shape == batch.shape:
+        return (flags & batch.loss_mask).sum(-1), batch.token_weight.sum(-1)
+    return flags.sum(-1), batch.token_weight.new_ones(flags.shape[0])

@@ -73,9 +73,9 @@ class OffPolicySequenceMask(Weight):
         """1 or 0 per row, or per token where advantages are."""
         policy = batch.logp("policy").detach()  # a mask has no gradient
         evidence = (batch.logp(batch.behaviour(self.behaviour)) - policy).nan_to_num(nan=0.0)
-        near = masked_row_mean(evidence, batch.loss_mask) <= self.delta
+        near = masked_row_mean(evidence, batch.token_weight) <= self.delta
         keep = ((batch.token_advantages() >= 0) | near).to(policy.dtype)
-        return Factor(keep, {"off_policy_sequence_mask/kept": token_mean(keep, batch.loss_mask)})
+        return Factor(keep, {"off_policy_sequence_mask/kept": token_mean(keep, batch.token_weight)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +152,7 @@ class TopEntropy(Weight):
     def factor(self, batch: TokenBatch) -> Factor:
         """1 or 0 per token."""
         keep = self.keep(batch).to(batch.statistic("entropy").dtype)
-        return Factor(keep, {"top_entropy/kept": Sum(keep.sum(), batch.loss_mask.sum())})
+        return Factor(keep, {"top_entropy/kept": Sum(keep.sum(), batch.token_weight.sum())})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from rlstab.errors import ConfigError, ShapeError
 from rlstab.losses import KLCov, Mean
 
 BATCH = TokenBatch(mask=torch.tensor([[True, True, True], [True, False, False]]))
-LOSS = torch.tensor([[1.0, 2.0, 3.0], [10.0, torch.nan, torch.inf]])
+LOSS = torch.tensor([[1.0, 2.0, 3.0], [10.0, -1e30, 1e30]])
 
 
 @pytest.mark.parametrize(
