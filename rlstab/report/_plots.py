@@ -24,6 +24,7 @@ Values = NDArray[np.float64]
 
 _LONG = 300
 _FEW = 40
+_ROUNDING = 1e-9
 
 
 class Plot(NamedTuple):
@@ -132,15 +133,37 @@ def _mismatch(run: Run, palette: Palette) -> Figure:
     )
     shown = (("mismatch/k1", "|k1|"), ("mismatch/k3", "k3"), ("mismatch/max_abs", "largest |Δ|"))
     series = [(name, run.metrics.series(key)) for key, name in shown]
-    sizes = np.abs(np.concatenate([values for _, (_, values) in series]))
-    sizes = sizes[np.isfinite(sizes)]
-    floor = _log_axis(axes, sizes)
+    series = [(name, Series(steps, _without_rounding(values))) for name, (steps, values) in series]
+    sizes = np.concatenate([values for _, (_, values) in series])
+    floor = _log_axis(axes, sizes[np.isfinite(sizes)])
     if len(sizes) and not np.any(sizes):
         axes.text(0.5, 0.5, "no difference at any step", transform=axes.transAxes, ha="center", color=palette.muted)
     labels: list[Label] = []
-    for (name, (steps, values)), color in zip(series, palette.data, strict=True):
-        labels += _curve(axes, palette, Series(steps, np.abs(values)), name, color, floor=floor)
+    for (name, sizes_of), color in zip(series, palette.data, strict=True):
+        labels += _worst(axes, palette, sizes_of, name, color, floor=floor)
     return _finished(figure, axes, run, labels, palette)
+
+
+def _without_rounding(values: Values) -> Values:
+    """Return sizes, with 0 for what is only the rounding of two ways to compute the same number."""
+    sizes = np.abs(values)
+    return np.where(sizes < _ROUNDING, 0.0, sizes)
+
+
+def _worst(axes: Axes, palette: Palette, series: Series, name: str, color: str, *, floor: float) -> list[Label]:
+    """Draw each step as a dot, and the largest value of the last steps as a line: rare disagreement shows."""
+    count = len(series.steps)
+    if count <= _FEW:
+        return _curve(axes, palette, series, name, color, floor=floor)
+    window = max(_FEW // 4, count // 20)
+    values = np.maximum(_finite(series.values), floor)
+    padded = np.concatenate([np.full(window - 1, floor), np.where(np.isfinite(values), values, floor)])
+    worst = np.lib.stride_tricks.sliding_window_view(padded, window).max(-1)
+    axes.plot(series.steps, values, ".", color=color, markersize=2.5, alpha=0.35)
+    axes.plot(series.steps, worst, color=color, linewidth=1.8)
+    axes.set_xlabel(f"optimizer step (line: largest of the last {window} values)")
+    _non_finite(axes, series, color, palette)
+    return [Label(text=name, y=float(worst[-1]), color=color)]
 
 
 def _entropy(run: Run, palette: Palette) -> Figure:
