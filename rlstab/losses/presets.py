@@ -335,7 +335,8 @@ def from_config(args: Any) -> Objective:
     terms: dict[str, Term] = {"policy": _host_surrogate(args, ratio).replace(mean=mean)}
     if args.beta != 0.0:
         weight: Literal["none", "differentiable"] = "differentiable" if args.use_bias_correction_kl else "none"
-        terms["kl"] = KL(estimator="k3", weight=weight, ratio=ratio, coef=args.beta, mean=mean)
+        reference = "moving" if args.sync_ref_model else "initial"
+        terms["kl"] = KL(estimator="k3", weight=weight, reference=reference, ratio=ratio, coef=args.beta, mean=mean)
     if args.entropy_coef != 0.0 or args.use_adaptive_entropy:
         # The host's bonus is always a mean over the micro-batch's tokens, whatever the policy's is.
         terms["entropy"] = EntropyBonus(coef=_host_entropy_coef(args), weights=_host_top_entropy(args)).mean(

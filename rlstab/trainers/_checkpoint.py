@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
 from rlstab.errors import ConfigError, RecordError
 from rlstab.trainers._host import RepeatSampler
 
-__all__ = ["EpochStart", "TrainerState", "capture", "latest_checkpoint", "load_state", "restore", "save_state"]
+__all__ = [
+    "EpochStart",
+    "TrainerState",
+    "capture",
+    "latest_checkpoint",
+    "load_state",
+    "restore",
+    "save_state",
+    "written_by",
+]
 
 logger = logging.getLogger("rlstab")
 
@@ -37,36 +47,42 @@ def _paths(checkpoint: str | Path, rank: int) -> tuple[Path, Path]:
 
 
 def save_state(checkpoint: str | Path, rank: int, state: TrainerState) -> None:
-    """Write the state of one rank; the JSON file, written last and in one piece, marks the checkpoint as complete."""
+    """Write the state of one rank, before the host writes its files, the last of which completes the checkpoint."""
     tensor_file, value_file = _paths(checkpoint, rank)
+    value_file.parent.mkdir(parents=True, exist_ok=True)
+    if rank == 0:  # an older checkpoint of this step is complete no longer
+        (value_file.parent / TRAINER_STATE_NAME).unlink(missing_ok=True)
     tensors = dict(state.tensors)
     rest: list[dict[str, Any]] = []
     for i, batch in enumerate(state.buffer or []):
         tensors |= {f"buffer/{i}/{k}": v for k, v in batch.items() if isinstance(v, Tensor)}
         rest.append({k: v for k, v in batch.items() if not isinstance(v, Tensor)})
     save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, tensor_file)
-    text = json.dumps({"values": state.values, "buffer": rest if state.buffer is not None else None})
-    partial = value_file.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(value_file)
+    value_file.write_text(json.dumps({"values": state.values, "buffer": rest if state.buffer is not None else None}))
 
 
-def load_state(checkpoint: str | Path, rank: int, device: torch.device) -> TrainerState | None:
-    """The state of one rank, or None where the checkpoint was not written by rlstab.
+def written_by(checkpoint: str | Path) -> int | None:
+    """How many processes wrote the checkpoint, or None where it holds no state of rlstab.
+
+    Raises:
+        RecordError: if the file cannot be read.
+    """
+    value_file = _paths(checkpoint, 0)[1]
+    return int(_read_values(value_file)["values"]["ranks"]) if value_file.exists() else None
+
+
+def load_state(checkpoint: str | Path, rank: int, device: torch.device) -> TrainerState:
+    """The state of one rank.
 
     Raises:
         RecordError: if the files cannot be read.
     """
     tensor_file, value_file = _paths(checkpoint, rank)
-    if not value_file.exists():
-        return None
+    saved = _read_values(value_file)
     try:
-        saved: Mapping[str, Any] = json.loads(value_file.read_text())
         tensors = load_file(tensor_file)
-    except (OSError, ValueError) as error:
-        raise RecordError(
-            f"{value_file.parent}: the trainer state cannot be read ({error}); resume from an older checkpoint"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(tensor_file, error) from error
     buffer: list[dict[str, Any]] | None = None
     if saved["buffer"] is not None:
         buffer = [dict(batch) for batch in saved["buffer"]]
@@ -76,18 +92,41 @@ def load_state(checkpoint: str | Path, rank: int, device: torch.device) -> Train
     return TrainerState(values=saved["values"], buffer=buffer, tensors=tensors)
 
 
+def _read_values(file: Path) -> dict[str, Any]:
+    try:
+        saved: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise _unreadable(file, error) from error
+    if not {"values", "buffer"} <= saved.keys():
+        raise _unreadable(file, "it holds no trainer state")
+    return saved
+
+
+def _unreadable(file: Path, reason: object) -> RecordError:
+    return RecordError(f"{file} cannot be read ({reason}): resume from an older checkpoint")
+
+
 def latest_checkpoint(output_dir: str | Path) -> Path | None:
     """The newest complete checkpoint below `output_dir`, or None.
 
-    A checkpoint that was being written when the process died lacks its last file and is passed over.
+    A checkpoint that was being written when the process died lacks its last file, or has a part of it, and is passed
+    over; so is one that the host wrote alone.
 
     >>> import tempfile
     >>> latest_checkpoint(tempfile.mkdtemp()) is None
     True
     """
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    complete = [path for path in folders if _paths(path, 0)[1].exists()]
+    complete = [path for path in folders if _is_complete(path)]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError):
+        return False
+    return _paths(checkpoint, 0)[1].exists()
 
 
 def capture(trainer: Any) -> TrainerState:
@@ -104,6 +143,7 @@ def capture(trainer: Any) -> TrainerState:
         "objective": trainer.objective.state_dict(),
         "metrics": {key: list(numbers) for key, numbers in trainer._metrics["train"].items()},
         "recorder": trainer._recorder.state_dict(),
+        "skipped": sorted(trainer._skipped),
     }
     return TrainerState(values=values, buffer=trainer._buffered_inputs, tensors=tensors)
 
@@ -115,20 +155,22 @@ def restore(trainer: Any, checkpoint: str) -> None:
         ConfigError: if as many processes as wrote the checkpoint are not there.
         RecordError: if its files cannot be read.
     """
-    state = load_state(checkpoint, trainer.accelerator.process_index, trainer.accelerator.device)
-    if state is None:
+    processes = written_by(checkpoint)
+    if processes is None:
         logger.warning("%s holds no state of rlstab: the rollouts in use and the controllers start anew", checkpoint)
         return
-    if state.values["ranks"] != trainer.accelerator.num_processes:
+    if processes != trainer.accelerator.num_processes:
         raise ConfigError(
-            f"{checkpoint} was written by {state.values['ranks']} processes and is resumed by "
+            f"{checkpoint} was written by {processes} processes and is resumed by "
             f"{trainer.accelerator.num_processes}: the rollouts in use cannot be dealt out anew, resume with as many"
         )
+    state = load_state(checkpoint, trainer.accelerator.process_index, trainer.accelerator.device)
     trainer._step = state.values["micro_step"]
     trainer._total_train_tokens = state.values["total_train_tokens"]
     trainer._buffered_inputs = state.buffer
     trainer.objective.load_state_dict(state.values["objective"])
     trainer._recorder.load_state_dict(state.values["recorder"])
+    trainer._skipped = set(state.values["skipped"])
     for key, numbers in state.values["metrics"].items():
         trainer._metrics["train"][key] = list(numbers)
     moving = {k.removeprefix("moving/"): v for k, v in state.tensors.items() if k.startswith("moving/")}

@@ -166,6 +166,11 @@ class StableGRPOTrainer(GRPOTrainer):
                 "the reference 'moving' needs a copy of the whole policy, which a PEFT run does not keep: use "
                 "'initial' (the adapter switched off), or train all weights"
             )
+        if "moving" not in sources and args.sync_ref_model:
+            raise ConfigError(
+                "args.sync_ref_model=True moves the reference 'moving', but nothing compares with it: leave it at "
+                "False, or add a term such as 0.05 * ReverseKL(reference='moving') (without an objective: set beta)"
+            )
         if self.signals.drift:
             sources |= {"initial"}
         return sources & REFERENCES
@@ -203,7 +208,9 @@ class StableGRPOTrainer(GRPOTrainer):
         rows = output["completion_ids"].size(0)
         training = self.model.training
         size = self.num_generations if training else self.num_generations_eval
-        ids = torch.arange(rows * self.accelerator.num_processes, device=self.accelerator.device) // size
+        everywhere = rows * self.accelerator.num_processes
+        # Counted on from generation to generation: two of them may fall into one optimizer step.
+        ids = self._step * everywhere + torch.arange(everywhere, device=self.accelerator.device) // size
         output["rlstab_group"] = _batches.own_rows(ids, self.accelerator, rows, 0)
         output["rlstab_rewards"] = _batches.own_rows(self._total_rewards(), self.accelerator, rows, 0)
         output["rlstab_truncated"] = self._truncated
@@ -282,6 +289,7 @@ class StableGRPOTrainer(GRPOTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
         if not self.model.training:
+            self._run_step_statistics([inputs])
             return inputs
         accumulation = self.args.gradient_accumulation_steps
         if self._step % accumulation == 0 and self.args.steps_per_generation % accumulation == 0:
@@ -295,11 +303,12 @@ class StableGRPOTrainer(GRPOTrainer):
             tokens = self.accelerator.reduce(tokens, reduction="sum")
         rows = sum(batch["completion_ids"].size(0) for batch in window)
         self._step_count = Count(tokens=tokens / self.accelerator.num_processes, sequences=float(rows))
-        statistics = prepared_parts(self._needs, StepStatistic)
-        if statistics:
-            self._run_step_statistics(window, statistics)
+        self._run_step_statistics(window)
 
-    def _run_step_statistics(self, window: list[dict[str, Any]], statistics: list[Any]) -> None:
+    def _run_step_statistics(self, window: list[dict[str, Any]]) -> None:
+        statistics = prepared_parts(self._needs, StepStatistic)
+        if not statistics:
+            return
         needs = {need for part in statistics for need in part.requires}
         batches = [_batches.token_batch(inputs, **self._detached_pass(inputs, needs)) for inputs in window]
         whole = _batches.gather_batch(_batches.join(batches), self.accelerator)
@@ -456,9 +465,15 @@ class StableGRPOTrainer(GRPOTrainer):
         return self._sampler
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         _checkpoint.save_state(folder, self.accelerator.process_index, _checkpoint.capture(self))
+        self.accelerator.wait_for_everyone()
+        # The host comes last: with `save_total_limit` it removes older checkpoints as soon as its own files are there.
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._references.load_trained_adapter(resume_from_checkpoint, self.accelerator.unwrap_model(self.model))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

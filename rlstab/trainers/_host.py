@@ -47,6 +47,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "_get_per_token_logps_and_entropies": ("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"),
     "_get_grad_norm": ("model", "grad_norm"),
     "_get_train_sampler": ("dataset",),
+    "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_load_optimizer_and_scheduler": ("checkpoint",),
     "_save_checkpoint": ("model", "trial"),
     "training_step": ("model", "inputs", "num_items_in_batch"),

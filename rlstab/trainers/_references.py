@@ -38,8 +38,7 @@ class References:
         self.peft = peft
         self._models: dict[str, Any] = {}
         if not peft and isinstance(model, nn.Module):
-            # Before the host patches `forward`: a copy of a patched model runs the original's plain forward.
-            self._models = {source: copy.deepcopy(model) for source in sorted(sources)}
+            self._models = {source: _copy(model) for source in sorted(sources)}
 
     def prepare(self, trainer: Any, model: str | nn.Module) -> None:
         """Load what is missing, patch and place the copies like the policy."""
@@ -71,6 +70,11 @@ class References:
         with adapter, torch.no_grad():
             yield policy if self.peft else self._models[source]
 
+    def load_trained_adapter(self, checkpoint: str, policy: Any) -> None:
+        """Load the policy's own adapter: where there is a reference adapter, the host loads that one only."""
+        if self.peft and "ref" in policy.peft_config:
+            policy.load_adapter(checkpoint, policy.active_adapter, is_trainable=True)
+
     def state_dict(self, accelerator: Any) -> dict[str, torch.Tensor]:
         """The weights of the moving reference, which no other file of a checkpoint holds."""
         if "moving" not in self._models:
@@ -81,6 +85,18 @@ class References:
         """Put the moving reference back to where the checkpoint left it."""
         if "moving" in self._models:
             accelerator.unwrap_model(self._models["moving"]).load_state_dict(state, strict=False)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A copy that runs its own weights.
+
+    Trainers patch `forward` of a model they are given, and in a copy such a patch still calls the original's. So
+    references are copied before the host patches the policy, and without the patch of a trainer that had it before.
+    """
+    copied = copy.deepcopy(model)
+    if "_hf_hook" not in vars(copied):  # accelerate's hooks, which move inputs between devices, are copied rightly
+        vars(copied).pop("forward", None)
+    return copied
 
 
 def _load_like(trainer: Any, path: str) -> Any:

@@ -92,14 +92,22 @@ class Drift:
         call = _scoring_call(inputs, rows, columns)
         mask = _batches.completion_masks(inputs)[1][rows][:, columns]
         policy = self._logits(trainer.model, call)
+        mask, group = self._gather(mask.int()).bool(), self._gather(inputs["rlstab_group"][rows])
         values: dict[str, float] = {}
         for source in sources:
             with self._references.use(source, trainer.model, trainer.accelerator) as reference:
                 kl = exact_kl(policy, self._logits(reference, call))
-            gather = trainer.accelerator.gather
-            mean, error = clustered_mean(gather(kl), gather(mask.int()).bool(), gather(inputs["rlstab_group"][rows]))
+            mean, error = clustered_mean(self._gather(kl), mask, group)
             values[f"drift/{source}/kl"], values[f"drift/{source}/kl_se"] = mean.item(), error.item()
         return values
+
+    def _gather(self, values: Tensor) -> Tensor:
+        """The rows of all ranks, which may have drawn different numbers of positions."""
+        accelerator = self._trainer.accelerator
+        if values.dim() > 1:
+            values = accelerator.pad_across_processes(values, dim=1)
+        gathered: Tensor = accelerator.gather(values)
+        return gathered
 
     def _positions(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Rows of different prompts and columns, drawn by a generator of their own: measuring changes no trajectory."""

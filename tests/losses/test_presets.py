@@ -148,6 +148,7 @@ def host(**changes: Any) -> SimpleNamespace:
         "epsilon_high": None,
         "delta": None,
         "beta": 0.0,
+        "sync_ref_model": False,
         "use_bias_correction_kl": True,
         "max_completion_length": 256,
         "sapo_temperature_pos": 1.0,

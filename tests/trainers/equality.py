@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -74,6 +75,10 @@ def _cases() -> dict[str, Case]:
         "luspo-sequence": Case("LUSPO at sequence level", {"loss_type": "luspo", **sequence, **twice}),
         "cispo-sequence": Case("CISPO at sequence level", {"loss_type": "cispo", **sequence, **twice}),
         "kl-uncorrected": Case("beta without bias correction", {"beta": 0.1, "use_bias_correction_kl": False, **twice}),
+        "kl-moving": Case(
+            "beta towards a moving reference",
+            {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5, **twice},
+        ),
         "asymmetric-clip": Case("epsilon, epsilon_high", {"epsilon": 0.01, "epsilon_high": 0.02, **twice}),
         "two-sided-clip": Case("delta", {"epsilon": 0.01, "delta": 1.03, **twice}),
         "off-policy-mask": Case("off-policy sequence mask", {"off_policy_mask_threshold": 1e-3, **twice}),
@@ -124,7 +129,7 @@ CASES = _cases()
 
 def digits_reward(completions: list[str], **_: Any) -> list[float]:
     """How often the completion rises from one character to the next: varied within a group."""
-    return [sum(a < b for a, b in zip(text, text[1:], strict=False)) + 0.1 * len(text) for text in completions]
+    return [sum(a < b for a, b in pairwise(text)) + 0.1 * len(text) for text in completions]
 
 
 def prompts(n: int = 32) -> Dataset:
@@ -137,7 +142,7 @@ def tool_rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(trainer.state.global_step)
     tokenizer = trainer.processing_class
     completion_ids = [
-        torch.randint(4, 14, (5 + i % 4,), generator=generator).tolist() + [tokenizer.eos_token_id]
+        [*torch.randint(4, 14, (5 + i % 4,), generator=generator).tolist(), tokenizer.eos_token_id]
         for i in range(len(prompts))
     ]
     return {
@@ -151,9 +156,12 @@ def tool_rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
 class OtherSampler:
     """An engine that disagrees a little with the policy and cannot score one token of each sequence."""
 
+    state: Any
+    model: Any
+
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
         self.use_vllm = False
-        completion_ids, _ = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        completion_ids, _ = super()._generate_single_turn(prompt_ids, *args, **kwargs)  # type: ignore[misc]
         self.use_vllm = True
         generator = torch.Generator().manual_seed(self.state.global_step)
         logprobs = []
@@ -228,10 +236,8 @@ def build(case: Case, tmp_path: Any, *, host: bool, **extra: Any) -> Any:
     """The trainer of a case, on a model made anew."""
     tokenizer = tiny_tokenizer(ALPHABET)
     args = config(tmp_path, **{"max_steps": case.steps, **case.config})
-    if case.moe:
-        model = tiny_moe(tokenizer, seed=1)
-    else:
-        model = tiny_causal_lm(tokenizer, seed=1, hidden=32, layers=2, heads=2)
+    dense = tiny_causal_lm(tokenizer, seed=1, hidden=32, layers=2, heads=2)
+    model = tiny_moe(tokenizer, seed=1) if case.moe else dense
     kwargs: dict[str, Any] = {"train_dataset": prompts(), "processing_class": tokenizer, **extra}
     if case.evaluate:
         kwargs["eval_dataset"] = prompts(4)
@@ -272,7 +278,7 @@ def run(trainer: Any) -> Trace:
     step = trainer.training_step
 
     def traced(*args: Any, **kwargs: Any) -> Tensor:
-        loss = step(*args, **kwargs)
+        loss: Tensor = step(*args, **kwargs)
         trace.losses.append(float(loss))
         return loss
 
@@ -286,6 +292,6 @@ def run(trainer: Any) -> Trace:
 def gradient_distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     """The largest difference of any parameter's gradient, relative to the norm of the whole gradient."""
     assert ours.keys() == theirs.keys()
-    norm = torch.sqrt(sum(g.square().sum() for g in theirs.values()))
+    norm = torch.stack([g.norm() for g in theirs.values()]).norm()
     worst = max(float((ours[name] - theirs[name]).norm()) for name in theirs)
     return worst / max(float(norm), 1e-12)
