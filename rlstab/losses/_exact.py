@@ -96,10 +96,9 @@ def exact_divergence(
     >>> value.sum().backward(); value.detach(), logits.grad  # 1/4 (log 2 - log 2/3) and minus that
     (tensor([0.1438]), tensor([[ 0.2747, -0.2747]]))
     """
-    (value,) = exact_statistics(
-        [ExactDivergence(generator, "reference")], logits, {"reference": ref_logits}, temperature=temperature
-    ).values()
-    return value
+    _check(logits, ref_logits, temperature)
+    log_probs, ref_log_probs = (_log_probs(z.detach(), temperature) for z in (logits, ref_logits))
+    return _with_gradient(generator, logits, log_probs, ref_log_probs, temperature)
 
 
 def exact_statistics(
@@ -133,20 +132,25 @@ def exact_statistics(
     {'hellinger() from initial': tensor([0.])}
     """
     by_key = {need.key: need for need in requirements if isinstance(need, ExactDivergence)}
+    if not by_key:
+        return {}
     missing = sorted({need.source for need in by_key.values()} - set(ref_logits))
     if missing:
         raise MissingFieldError(f"exact divergences need logits of {missing}, got those of {sorted(ref_logits)}")
     sources = {need.source: ref_logits[need.source].detach() for need in by_key.values()}
     for reference in sources.values():
         _check(logits, reference, temperature)
-    log_probs = _log_probs(logits.detach(), temperature) if by_key else logits
+    log_probs = _log_probs(logits.detach(), temperature)
     references = {source: _log_probs(reference, temperature) for source, reference in sources.items()}
     return {
-        key: _Exact.apply(  # type: ignore[no-untyped-call]
-            logits, log_probs, references[need.source], need.generator, temperature
-        )
-        for key, need in sorted(by_key.items())
+        key: _with_gradient(by_key[key].generator, logits, log_probs, references[by_key[key].source], temperature)
+        for key in sorted(by_key)
     }
+
+
+def _with_gradient(generator: Generator, logits: Tensor, logp: Tensor, ref_logp: Tensor, temperature: float) -> Tensor:
+    value: Tensor = _Exact.apply(logits, logp, ref_logp, generator, temperature)  # type: ignore[no-untyped-call]
+    return value
 
 
 def _check(logits: Tensor, ref_logits: Tensor, temperature: float) -> None:
