@@ -7,7 +7,7 @@ vocabulary, `L` layers, `K` experts chosen per token, `N` rows of a whole step o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -151,6 +151,7 @@ class TokenBatch:
     zeroed: bool = False
     token_weight: Float[Tensor, "B T"] = field(init=False, repr=False)
     """`loss_mask` as numbers, 1.0 or 0.0: what losses and metrics are multiplied with."""
+    _memory: dict[str, Tensor] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         fill = {"mask": self.mask.bool()}
@@ -241,6 +242,12 @@ class TokenBatch:
                 "(trainers run all that an objective requires; by hand: rlstab.losses.run_parts)"
             )
         return self.parts[key]
+
+    def once(self, key: str, compute: Callable[[TokenBatch], Tensor]) -> Tensor:
+        """What `compute` makes of this batch; a second call with the same key finds it ready."""
+        if key not in self._memory:
+            self._memory[key] = compute(self)
+        return self._memory[key]
 
     def token_advantages(self) -> Float[Tensor, "B T"]:
         """Advantages with a token axis: `[B, T]`, or `[B, 1]` where there is one per row."""

@@ -146,7 +146,8 @@ class TopEntropy(Weight):
 
     def keep(self, batch: TokenBatch) -> Bool[Tensor, "B T"]:
         """The tokens that stay."""
-        threshold = batch.part(self.threshold.key) if self.over == "step" else self.threshold.compute(batch)
+        part = self.threshold
+        threshold = batch.part(part.key) if self.over == "step" else batch.once(part.key, part.compute)
         return (batch.statistic("entropy").detach() >= threshold) & batch.loss_mask  # ranks only: no gradient
 
     def factor(self, batch: TokenBatch) -> Factor:

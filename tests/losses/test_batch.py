@@ -182,3 +182,27 @@ def test_rows_are_selected_by_index_too() -> None:
     batch = TokenBatch(mask=MASK, rewards=torch.tensor([1.0, 2.0]))
     assert batch.select(torch.tensor([1, 0, 1])).column("rewards").tolist() == [2, 1, 2]
     assert batch.select(torch.tensor([False, True])).column("rewards").tolist() == [2]
+
+
+def test_what_comes_zeroed_is_taken_as_it_is() -> None:
+    logp = torch.tensor([[-1.0, 7.0]])
+    mask = torch.tensor([[True, False]])
+    assert TokenBatch(mask=mask, logps={"policy": logp}, zeroed=True).logp("policy") is logp
+    batch = TokenBatch(mask=mask, logps={"policy": logp})
+    assert batch.logp("policy").tolist() == [[-1.0, 0.0]]
+    assert batch.replace(rows="buffer").logp("policy") is batch.logp("policy")
+    assert batch.replace(logps={"policy": logp}).logp("policy").tolist() == [[-1.0, 0.0]]
+    assert batch.replace(mask=torch.ones(1, 2), loss_mask=torch.ones(1, 2)).token_weight.tolist() == [[1.0, 1.0]]
+
+
+def test_once_computes_once_for_each_batch() -> None:
+    batch = TokenBatch(mask=torch.tensor([[1, 1], [1, 0]]))
+    calls: list[int] = []
+
+    def count(of: TokenBatch) -> torch.Tensor:
+        calls.append(1)
+        return of.loss_mask.sum()
+
+    assert [int(batch.once("count", count)) for _ in range(3)] == [3, 3, 3]
+    assert len(calls) == 1
+    assert [int(part.once("count", count)) for part in batch.split([1, 1])] == [2, 1]

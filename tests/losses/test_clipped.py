@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 from loss_vectors import check_vector, double, vector_batch, vectors
+from torch import Tensor
 
 from rlstab.batch import TokenBatch
 from rlstab.errors import ConfigError, ShapeError
@@ -97,6 +98,46 @@ def test_unreduced_values(method: str) -> None:
 
 
 # --- what the parts do -----------------------------------------------------------------
+
+
+def written_out(ratio: Tensor, advantages: Tensor, low: float, high: float, dual: Any, cap: Any) -> Tensor:
+    """The surrogate as the papers write it: a minimum of two branches."""
+    clipped = ratio.clamp(1 - low, 1 + high) * advantages
+    gain = torch.min((ratio if cap is None else ratio.clamp(max=cap)) * advantages, clipped)
+    if dual is not None:
+        gain = torch.where(advantages < 0, torch.max(gain, dual * advantages), gain)
+    return -gain
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "dual", "cap"),
+    [
+        (0.2, 0.28, None, None),
+        (0.0, 0.0, None, None),
+        (1.0, 1.0, None, None),
+        (0.2, 0.28, 3.0, None),
+        (0.2, 0.28, 1.1, None),
+        (0.2, 0.28, None, 4.0),
+        (0.2, 0.28, None, 1.1),
+        (0.2, 0.28, None, 0.5),
+    ],
+)
+@pytest.mark.parametrize("per_token", [False, True])
+def test_bounds_by_sign_are_the_minimum_of_both_branches(
+    low: float, high: float, dual: Any, cap: Any, per_token: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ratio = torch.rand(40, 50, generator=generator) * 5
+    ratio[:, 0] = 1.0
+    advantages = torch.randn(40, 50 if per_token else 1, generator=generator)
+    advantages[3] = 0.0
+    found, expected = ratio.clone().requires_grad_(), ratio.clone().requires_grad_()
+    ours = clipped_surrogate(found, advantages, low=low, high=high, dual=dual, cap=cap)
+    theirs = written_out(expected, advantages, low, high, dual, cap)
+    ours.sum().backward()
+    theirs.sum().backward()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    torch.testing.assert_close(found.grad, expected.grad, rtol=0, atol=0)
 
 
 def test_dual_clip_acts_on_negative_advantages_only() -> None:
