@@ -19,8 +19,8 @@ TRAIN_FLAGS = ("--help", "--list-keys", "--resume")
 TRAIN_HELP = """\
 Train as a recipe says. Every key of the recipe can be overridden by its dotted path, as in
 --trainer.learning_rate=1e-4, --objective.terms.drift.coef=0.1 or --output runs/a; values are YAML.
-The keys of a recipe are model, task, objective, advantage, adapter, warmup, evaluation, signals,
-trainer, prompts, output, seed and threads; --list-keys lists what stands below them."""
+The keys of a recipe are model, task, objective, advantage, engine, adapter, warmup, evaluation,
+signals, trainer, prompts, output, seed and threads; --list-keys lists what stands below them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -152,16 +152,17 @@ def _parts() -> dict[str, dict[str, Any]]:
     public = {name: vars(losses)[name] for name in losses.__all__}
     built = {name: part for name, part in public.items() if inspect.isclass(part) and not inspect.isabstract(part)}
     kinds: dict[str, dict[str, Any]] = {"presets": {name: vars(presets)[name] for name in presets.__all__}}
-    for kind, bases in {
+    for kind, base in {
         "surrogates": losses.Surrogate,
-        "regularisers": losses.Term,
+        "divergences": losses.Divergence,
+        "other regularisers": losses.Term,
         "ratios": losses.Ratio,
         "weights and masks": losses.Weight,
         "advantages": losses.Advantage,
         "rollout parts and step statistics": losses.Prepared,
         "coefficients": losses.Controller,
     }.items():
-        kinds[kind] = {name: part for name, part in built.items() if issubclass(part, bases)}
+        kinds[kind] = {name: part for name, part in built.items() if issubclass(part, base)}
         built = {name: part for name, part in built.items() if name not in kinds[kind]}
     return kinds
 

@@ -28,9 +28,10 @@ objective:
       class_path: JensenShannon
       init_args: {coef: {class_path: Linear, init_args: {start: 0.1, end: 0.0, steps: 8}}}
 advantage: GroupNorm
-signals: {drift_every: 3}
+engine: Transformers
+signals: {drift_every: 10}
 trainer:
-  max_steps: 10
+  max_steps: 30
   learning_rate: 1e-3
   per_device_train_batch_size: 16
   gradient_accumulation_steps: 2
@@ -41,7 +42,7 @@ trainer:
   gradient_checkpointing: false
   bf16: false
   dataloader_pin_memory: false
-evaluation: {prompts: 10, samples: 4, ks: [1, 4], every: 4}
+evaluation: {prompts: 10, samples: 4, ks: [1, 4], every: 12}
 threads: 1
 """
 TIMES = {"train/step_time"}
@@ -85,7 +86,8 @@ def test_a_run_leaves_its_folder(whole: RunFolder) -> None:
         "report.html",
         "plots/reward.png",
         "plots/kl_drift.png",
-        "checkpoints/checkpoint-10/model.safetensors",
+        "plots/mismatch.png",
+        "checkpoints/checkpoint-30/model.safetensors",
         "initial/model.safetensors",
     } <= names
     assert not any("unfinished" in name for name in names)
@@ -94,11 +96,11 @@ def test_a_run_leaves_its_folder(whole: RunFolder) -> None:
 
 def test_every_step_has_its_row(whole: RunFolder) -> None:
     rows = metrics(whole)
-    assert sorted(rows) == list(range(1, 11))
+    assert sorted(rows) == list(range(1, 31))
     for row in rows.values():
-        assert {"train/reward", "objective/loss", "objective/policy/loss", "objective/drift/loss"} <= row.keys()
-    assert [step for step, row in rows.items() if "drift/initial/kl" in row] == [1, 4, 7, 10]
-    assert [step for step, row in rows.items() if "eval/pass@1" in row] == [4, 8]
+        assert {"train/reward", "mismatch/k3", "objective/policy/loss", "objective/drift/loss"} <= row.keys()
+    assert [step for step, row in rows.items() if "drift/initial/kl" in row] == [1, 11, 21]
+    assert [step for step, row in rows.items() if "eval/pass@1" in row] == [12, 24]
     assert any(row["train/reward_std"] > 0 for row in rows.values())
     assert rows[4]["objective/drift/weight"] == pytest.approx(0.1 * (1 - 3 / 8))
 
@@ -118,7 +120,7 @@ def test_before_and_after(whole: RunFolder) -> None:
 def test_the_resolved_configuration_is_kept(whole: RunFolder) -> None:
     kept = read_recipe(whole.config_path)
     assert kept.recipe.output == whole.path
-    assert kept.recipe.trainer["max_steps"] == 10
+    assert kept.recipe.trainer["max_steps"] == 30
     assert "adam_beta2" in whole.config_text()
 
 
@@ -189,7 +191,7 @@ def test_ctrl_c_and_resume_follow_the_same_trajectory(
     assert process.returncode == 130, output
     stopped = RunFolder.open(folder / "stopped")
     last = stopped.metrics().rows[-1].step
-    assert 3 <= last < 10
+    assert 3 <= last < 30
     assert f"checkpoint-{last} holds the state" in output
     assert f"go on with: rlstab train {stopped.config_path} --resume" in output
     assert [event.kind for event in stopped.events().rows] == ["evaluation", "interrupted"]
