@@ -18,11 +18,10 @@ from rlstab.losses import (
     ObjectiveLoss,
     RolloutPart,
     StepStatistic,
+    Sum,
     Term,
-    Total,
     exact_statistics,
     prepared_parts,
-    token_mean,
     warn_overflow,
 )
 from rlstab.record import RunFolder
@@ -30,7 +29,7 @@ from rlstab.rollouts import Engine
 from rlstab.trainers import _arguments, _batches, _checkpoint, _host_metrics, _signals
 from rlstab.trainers._generation import EngineFactory, Generation
 from rlstab.trainers._host import GRPOConfig, GRPOTrainer, disable_gradient_checkpointing
-from rlstab.trainers._log import StepLog, reduce_metrics
+from rlstab.trainers._log import MetricLog, Numbers, merged
 from rlstab.trainers._recorder import Recorder
 from rlstab.trainers._references import References
 from rlstab.trainers._signals import Signals
@@ -66,6 +65,7 @@ class StableGRPOTrainer(GRPOTrainer):
         run: run folder to write metrics, sampled completions and events into.
         engine: what samples the completions, or what makes it from policy and tokenizer, such as `TransformersEngine`:
             the sampler's log-probs then come back with every token. Default: the host's generation.
+        *others: further arguments of the host by position, from `train_dataset` on.
         **host: every other argument of the host (`train_dataset`, `processing_class`, `peft_config`, ...).
 
     Raises:
@@ -94,7 +94,7 @@ class StableGRPOTrainer(GRPOTrainer):
         model: str | nn.Module,
         reward_funcs: Any = None,
         args: GRPOConfig | None = None,
-        *,
+        *others: Any,
         objective: Objective | Term | None = None,
         advantage: RolloutPart | None = None,
         signals: Signals | None = Signals(),  # noqa: B008  # frozen
@@ -109,24 +109,31 @@ class StableGRPOTrainer(GRPOTrainer):
         _arguments.check_schedule(self.objective, args)
         peft = host.get("peft_config") is not None or is_peft_model(model)
         self._exact = [need for need in self._needs if isinstance(need, ExactDivergence)]
-        self._references = References(self._reference_sources(args, peft), model, peft=peft)
+        watched = {"initial"} if self.signals.drift else set()
+        self._references = References(self._reference_sources(args, peft), watched, model, peft=peft)
         copy_adapter = peft and bool(self._references.sources)
         with _arguments.host_loss_arguments(args, beta=1.0 if copy_adapter else 0.0, ours=objective is not None):
-            super().__init__(model, reward_funcs, args, **host)
+            super().__init__(model, reward_funcs, args, *others, **host)
         self.beta = 0.0
+        self._recorder = Recorder(self, run)
+        self._skipped: set[str] = set()
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            for source in sorted(self._references.give_up_parked()):
+                self.report_skipped(
+                    f"drift/{source}/kl",
+                    "the policy is spread over ranks: use a term that compares with this reference",
+                )
         self._references.prepare(self, model)
         self._generation = Generation(self, engine) if engine is not None else None
         self._check_supply()
         if objective is not None:
             _arguments.notice_inert_parts(self.objective, args)
         self._host_keys = _host_metrics.host_keys(self.objective)
-        self._log_of_step = StepLog(self.accelerator)
-        self._recorder = Recorder(self, run)
+        self._log_of_step = MetricLog(self.accelerator)
         self._mismatch = _signals.Mismatch(self.accelerator)
         self._drift = _signals.Drift(self, self._references, self.signals)
         self._step_count: Count | None = None
         self._buffered_inputs: Any = None
-        self._skipped: set[str] = set()
         self._reward_matrix: Tensor | None = None
         self._truncated: Tensor | None = None
         self._sampler: Any = None
@@ -171,11 +178,15 @@ class StableGRPOTrainer(GRPOTrainer):
                 "args.sync_ref_model=True moves the reference 'moving', but nothing compares with it: leave it at "
                 "False, or add a term such as 0.05 * ReverseKL(reference='moving') (without an objective: set beta)"
             )
-        if self.signals.drift:
-            sources |= {"initial"}
         return sources & REFERENCES
 
     def _check_supply(self) -> None:
+        elsewhere = {name: term.rows for name, term in self.objective.terms.items() if term.rows != "rollout"}
+        if elsewhere:
+            raise ConfigError(
+                f"terms act on rows that this trainer does not have: {elsewhere}; expected rows='rollout' (other rows "
+                "need a training loop of your own, which passes a TokenBatch for each)"
+            )
         if Column("baseline") in self._needs:
             raise ConfigError(
                 "the advantage reads a baseline per completion (for ReMax, the reward of a greedy one), which this "
@@ -351,10 +362,7 @@ class StableGRPOTrainer(GRPOTrainer):
         loss = result.loss
         if aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * aux_loss / self._accumulation()
-            self._host_log("aux_loss", self.accelerator.gather_for_metrics(aux_loss.detach()).mean().item())
-        self._log_host_metrics(result, batch)
-        if self.model.training:
-            self._measure(result, batch)
+        self._measure(result, batch, aux_loss)
         return loss
 
     def _dense_pass(
@@ -399,15 +407,17 @@ class StableGRPOTrainer(GRPOTrainer):
             counts["step"] = self._step_count
         return counts
 
-    def _measure(self, result: ObjectiveLoss, batch: TokenBatch) -> None:
-        ranks = self.accelerator.num_processes
-        self._log_of_step.add({"objective/loss": Total(result.loss.detach() / ranks)})
-        for name, report in result.terms.items():
-            self._log_of_step.add({"loss": Total(report.loss / ranks), **report.metrics}, prefix=f"objective/{name}/")
-            of_policy = {ours: report.metrics[key] for key, ours in OF_POLICY.items() if key in report.metrics}
-            self._log_of_step.add(of_policy)
-        entropy = token_mean(batch.statistic("entropy"), batch.loss_mask)
-        self._log_of_step.add({"policy/entropy": entropy})
+    def _measure(self, result: ObjectiveLoss, batch: TokenBatch, aux_loss: Tensor | None) -> None:
+        """Leave metrics on the device until the step closes; an evaluation has no steps and takes them at once."""
+        metrics = _host_metrics.measured(result, batch, self.accelerator.num_processes)
+        if aux_loss is not None:
+            metrics["train/aux_loss"] = Sum(aux_loss.detach(), torch.ones_like(aux_loss))
+        if not self.model.training:
+            evaluation = MetricLog(self.accelerator)
+            evaluation.add(metrics)
+            self._log_as_host(evaluation.collect())
+            return
+        self._log_of_step.add(metrics)
         if self.signals.mismatch and "sampler" in batch.logps:
             self._mismatch.add(batch)
         elif self.signals.mismatch:
@@ -416,11 +426,12 @@ class StableGRPOTrainer(GRPOTrainer):
     def _host_log(self, key: str, value: float) -> None:
         self._metrics["train" if self.model.training else "eval"][key].append(value)
 
-    def _log_host_metrics(self, result: ObjectiveLoss, batch: TokenBatch) -> None:
-        metrics = _host_metrics.host_metrics(self._host_keys, result, batch)
-        metrics |= _host_metrics.policy_loss(self.objective, result, self._accumulation())
-        for key, value in reduce_metrics(metrics, self.accelerator).items():
-            self._host_log(key, value)
+    def _log_as_host(self, micro_batches: list[dict[str, Numbers]]) -> None:
+        for metrics in micro_batches:
+            values = {key: numbers.value for key, numbers in metrics.items()}
+            named = _host_metrics.host_values(self.objective, self._host_keys, values, self._accumulation())
+            for key, value in named.items():
+                self._host_log(key, value)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch, as the host does it; the last of a step also closes the step's measurements."""
@@ -430,12 +441,15 @@ class StableGRPOTrainer(GRPOTrainer):
         return loss
 
     def _close_step(self) -> None:
-        values = self._log_of_step.collect()
+        micro_batches = self._log_of_step.collect()
+        self._log_as_host(micro_batches)
+        values = merged(micro_batches)
         step = self.state.global_step + 1
         by_term: dict[str, dict[str, float]] = {}
         for name, term in self.objective.terms.items():
             prefix = f"objective/{name}/"
             by_term[name] = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
+            values |= {key: by_term[name][metric] for metric, key in OF_POLICY.items() if metric in by_term[name]}
             values[f"{prefix}weight"] = float(term.coefficient)
             warn_overflow(name, by_term[name])
         values |= self._mismatch.collect()

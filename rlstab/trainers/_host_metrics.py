@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
 
-import torch
+from torch import Tensor
 
 from rlstab.batch import TokenBatch
 from rlstab.losses import (
@@ -18,19 +18,11 @@ from rlstab.losses import (
     Metric,
     Objective,
     ObjectiveLoss,
-    Sum,
+    Total,
     token_mean,
 )
 
-__all__ = ["HostKey", "host_keys", "host_metrics"]
-
-
-class HostKey(NamedTuple):
-    """Where a host metric comes from."""
-
-    host: str
-    term: str
-    metric: str
+__all__ = ["entropy_coefficients", "host_keys", "host_values", "measured"]
 
 
 OF_TERM: dict[type, dict[str, str]] = {
@@ -47,34 +39,50 @@ OF_TERM: dict[type, dict[str, str]] = {
 }
 
 
-def host_keys(objective: Objective) -> list[HostKey]:
-    """The host metrics that the terms of an objective can supply."""
-    return [
-        HostKey(host, name, metric)
+def measured(result: ObjectiveLoss, batch: TokenBatch, ranks: int) -> dict[str, Metric]:
+    """What the loss of one micro-batch leaves for the log, by key; the losses of all ranks add up to their mean."""
+
+    def share(loss: Tensor) -> Total:
+        return Total(loss if ranks == 1 else loss / ranks)
+
+    metrics: dict[str, Metric] = {"objective/loss": share(result.loss.detach())}
+    for name, report in result.terms.items():
+        metrics[f"objective/{name}/loss"] = share(report.loss)
+        metrics |= {f"objective/{name}/{key}": metric for key, metric in report.metrics.items()}
+    metrics["policy/entropy"] = token_mean(batch.statistic("entropy"), batch.loss_mask)
+    return metrics
+
+
+def host_keys(objective: Objective) -> dict[str, str]:
+    """Where the host's metrics come from, as far as the terms of an objective supply them."""
+    return {"entropy": "policy/entropy", "aux_loss": "train/aux_loss"} | {
+        host: f"objective/{name}/{metric}"
         for name, term in objective.terms.items()
         for kind, names in OF_TERM.items()
         if isinstance(term, kind)
         for host, metric in names.items()
-    ]
+    }
 
 
-def host_metrics(keys: list[HostKey], result: ObjectiveLoss, batch: TokenBatch) -> dict[str, Metric]:
-    """The metrics of one micro-batch under the host's names."""
-    metrics = {key.host: result.terms[key.term].metrics[key.metric] for key in keys}
-    return metrics | {"entropy": token_mean(batch.statistic("entropy"), batch.loss_mask)}
+def host_values(
+    objective: Objective, keys: Mapping[str, str], values: Mapping[str, float], accumulation: float
+) -> dict[str, float]:
+    """The values of one micro-batch under the host's names."""
+    named = {host: values[key] for host, key in keys.items() if key in values}
+    if any(isinstance(term, EntropyBonus) for term in objective.terms.values()):
+        named["policy_loss"] = _policy_loss(objective, values, accumulation)
+    return named
 
 
-def policy_loss(objective: Objective, result: ObjectiveLoss, accumulation: float) -> dict[str, Metric]:
+def _policy_loss(objective: Objective, values: Mapping[str, float], accumulation: float) -> float:
     """The loss without the entropy bonus, as the host logs it where there is one: not divided by accumulation."""
-    if not any(isinstance(term, EntropyBonus) for term in objective.terms.values()):
-        return {}
-    values = [
-        result.terms[name].weight * result.terms[name].loss * (accumulation if term.mean.over == "micro_batch" else 1.0)
+    return sum(
+        float(term.coefficient)
+        * values[f"objective/{name}/loss"]
+        * (accumulation if term.mean.over == "micro_batch" else 1.0)
         for name, term in objective.terms.items()
         if not isinstance(term, EntropyBonus)
-    ]
-    total = torch.stack(values).sum()
-    return {"policy_loss": Sum(total, torch.ones_like(total))}
+    )
 
 
 def entropy_coefficients(objective: Objective) -> list[float]:

@@ -31,14 +31,21 @@ class References:
     `initial` is the policy as passed to the trainer: under PEFT the same model with its adapter off (or its adapter as
     passed), otherwise a copy. `moving` follows the policy as `sync_ref_model`, `ref_model_sync_steps` and
     `ref_model_mixup_alpha` of the host's arguments say.
+
+    Args:
+        sources: the references that terms run at every step.
+        parked: those that only signals run now and then: they wait on the CPU.
+        model: the policy as passed to the trainer.
+        peft: whether adapters are trained.
     """
 
-    def __init__(self, sources: set[str], model: str | nn.Module, *, peft: bool) -> None:
-        self.sources = sources
+    def __init__(self, sources: set[str], parked: set[str], model: str | nn.Module, *, peft: bool) -> None:
+        self.sources = sources | parked
+        self.parked = set() if peft else parked - sources
         self.peft = peft
         self._models: dict[str, Any] = {}
         if not peft and isinstance(model, nn.Module):
-            self._models = {source: _copy(model) for source in sorted(sources)}
+            self._models = {source: _copy(model) for source in sorted(self.sources)}
 
     def prepare(self, trainer: Any, model: str | nn.Module) -> None:
         """Load what is missing, patch and place the copies like the policy."""
@@ -49,6 +56,9 @@ class References:
             if source not in self._models:
                 self._models[source] = _load_like(trainer, str(model))
             reference = self._models[source].requires_grad_(False).eval()
+            if source in self.parked:
+                self._models[source] = reference.to("cpu")
+                continue
             if args.disable_dropout:
                 disable_dropout_in_model(reference)
             add_fused_lm_head(reference, temperature=args.temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
@@ -68,7 +78,19 @@ class References:
         if self.peft:
             adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
         with adapter, torch.no_grad():
-            yield policy if self.peft else self._models[source]
+            if source in self.parked:
+                yield self._models[source].to(accelerator.device)
+                self._models[source].to("cpu")
+            else:
+                yield policy if self.peft else self._models[source]
+
+    def give_up_parked(self) -> set[str]:
+        """Drop the parked references, where the policy's weights are spread over ranks; returns which."""
+        dropped, self.parked = self.parked, set()
+        self.sources -= dropped
+        for source in dropped:
+            self._models.pop(source, None)
+        return dropped
 
     def load_trained_adapter(self, checkpoint: str, policy: Any) -> None:
         """Load the policy's own adapter: where there is a reference adapter, the host loads that one only."""

@@ -28,7 +28,9 @@ class Signals:
         drift_every: optimizer steps between two measurements of drift.
         drift_positions: completion positions per measurement, over all ranks at most this many per rank.
 
-    Measuring drift counts as a part that requires the policy as passed: without PEFT it keeps a copy of it in memory.
+    Measuring drift counts as a part that requires the policy as passed. Under PEFT that is the policy with its adapter
+    off. Otherwise, if no term keeps a reference anyway, a copy waits in the CPU's memory and is brought to the device
+    for the measurement; where the policy's weights are spread over ranks, drift is not measured, and the log says so.
 
     >>> Signals(drift=False).mismatch
     True
