@@ -38,7 +38,7 @@ class Part(ABC):
 
     def replace(self, **changes: object) -> Self:
         """A copy with some fields changed."""
-        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+        return dataclasses.replace(self, **changes)
 
 
 def part_name(part: Part) -> str:
