@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +14,10 @@ from torch import nn
 from rlstab.batch import Requirement
 from rlstab.errors import ConfigError
 from rlstab.losses import Objective, Prepared, RolloutPart, StepStatistic, Term, prepared_parts, presets, term_name
-from rlstab.trainers._host import GRPOConfig
+from rlstab.trainers._host import GRPOConfig, GRPOTrainer
 
 __all__ = [
+    "by_name",
     "check_schedule",
     "default_output_dir",
     "host_loss_arguments",
@@ -127,6 +129,14 @@ def host_loss_arguments(args: GRPOConfig, *, beta: float, ours: bool) -> Iterato
         yield
     finally:
         args.__dict__.update(before)
+
+
+def by_name(positional: tuple[Any, ...]) -> dict[str, Any]:
+    """The host's arguments that were given by position after `args`, by their names."""
+    names = list(inspect.signature(GRPOTrainer.__init__).parameters)[4:]
+    if len(positional) > len(names):
+        raise TypeError(f"StableGRPOTrainer takes at most {3 + len(names)} positional arguments")
+    return dict(zip(names, positional, strict=False))
 
 
 def default_output_dir(model: str | nn.Module) -> str:

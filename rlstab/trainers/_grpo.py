@@ -102,18 +102,19 @@ class StableGRPOTrainer(GRPOTrainer):
         engine: Engine | EngineFactory | None = None,
         **host: Any,
     ) -> None:
+        host = _arguments.by_name(others) | host
         args = args if args is not None else GRPOConfig(_arguments.default_output_dir(model))
         self.signals = signals or _signals.OFF
         self.objective, self.advantage = _arguments.resolve(objective, advantage, args)
         self._needs = self._all_requirements()
         _arguments.check_schedule(self.objective, args)
-        peft = host.get("peft_config") is not None or is_peft_model(model)
+        peft = host.get("peft_config") is not None or (not isinstance(model, str) and is_peft_model(model))
         self._exact = [need for need in self._needs if isinstance(need, ExactDivergence)]
         watched = {"initial"} if self.signals.drift else set()
         self._references = References(self._reference_sources(args, peft), watched, model, peft=peft)
         copy_adapter = peft and bool(self._references.sources)
         with _arguments.host_loss_arguments(args, beta=1.0 if copy_adapter else 0.0, ours=objective is not None):
-            super().__init__(model, reward_funcs, args, *others, **host)
+            super().__init__(model, reward_funcs, args, **host)
         self.beta = 0.0
         self._recorder = Recorder(self, run)
         self._skipped: set[str] = set()
