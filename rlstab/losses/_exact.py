@@ -47,12 +47,16 @@ def exact_kl(
     _check(logits, ref_logits, temperature)
     vocabulary = logits.shape[-1]
     ours, theirs = logits.reshape(-1, vocabulary), ref_logits.reshape(-1, vocabulary)
-    rows = max(1, ELEMENTS_AT_ONCE // vocabulary)
-    portions = [
-        _kl(_log_probs(ours[i : i + rows], temperature), _log_probs(theirs[i : i + rows], temperature))
-        for i in range(0, max(1, len(ours)), rows)
-    ]
-    return torch.cat(portions).reshape(logits.shape[:-1])
+    values = torch.empty_like(at_least_float32(ours[:, 0]))
+    for part in _portions(len(ours), vocabulary):
+        values[part] = _kl(_log_probs(ours[part], temperature), _log_probs(theirs[part], temperature))
+    return values.reshape(logits.shape[:-1])
+
+
+def _portions(rows: int, vocabulary: int) -> list[slice]:
+    """Slices of the rows in which intermediate arrays stay small."""
+    at_once = max(1, ELEMENTS_AT_ONCE // vocabulary)
+    return [slice(start, start + at_once) for start in range(0, rows, at_once)]
 
 
 def _kl(logp: Float[Tensor, "N V"], ref_logp: Float[Tensor, "N V"]) -> Float[Tensor, "N"]:
@@ -75,7 +79,8 @@ def exact_divergence(
     \frac{\partial D}{\partial z_v} = \frac{\pi_v}{\tau} \left( f'(u_v) - E_\pi f'(u) \right)$$
 
     The gradient has this closed form, computed with the value: it is finite where entries underflow, are exactly 0 or
-    exceed the dtype (there it is held at a large number and the value is `+inf`). The reference has none.
+    exceed the dtype (there it is held at a large number and the value is `+inf`). The reference has none. Beside the
+    log-probs and the gradient only a few arrays of 16 million numbers are held.
 
     Args:
         generator: a divergence such as `JensenShannon()`; only its parameters count.
@@ -170,10 +175,17 @@ class _Exact(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, logp: Tensor, ref_logp: Tensor, generator: Generator, temperature: float
     ) -> Tensor:
-        value, slope = generator.over_vocabulary(logp, ref_logp)
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(_logit_gradient(logp, slope, temperature, logits.dtype))
-        return value
+        vocabulary = logits.shape[-1]
+        ours, theirs = logp.reshape(-1, vocabulary), ref_logp.reshape(-1, vocabulary)
+        values = torch.empty_like(ours[:, 0])
+        gradient = torch.empty_like(ours, dtype=logits.dtype) if ctx.needs_input_grad[0] else None
+        for part in _portions(len(ours), vocabulary):
+            values[part], slope = generator.over_vocabulary(ours[part], theirs[part])
+            if gradient is not None:
+                gradient[part] = _logit_gradient(ours[part], slope, temperature, logits.dtype)
+        if gradient is not None:
+            ctx.save_for_backward(gradient.reshape(logits.shape))
+        return values.reshape(logits.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:

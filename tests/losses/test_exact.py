@@ -71,6 +71,21 @@ def test_cauchy_schwarz(temperature: float) -> None:
     assert_equal_with_gradient(found, cauchy_schwarz(logits, reference, temperature), logits)
 
 
+@pytest.mark.parametrize("at_once", [1, 20])
+def test_portions_change_nothing(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, reference = logits_of(2, 3, 7)
+    whole = exact_divergence(JensenShannon(), logits, reference)
+    monkeypatch.setattr("rlstab.losses._exact.ELEMENTS_AT_ONCE", at_once)
+    assert_equal_with_gradient(exact_divergence(JensenShannon(), logits, reference), whole, logits)
+
+
+def test_no_position_and_one_distribution_alone() -> None:
+    logits, reference = logits_of(3, 7)
+    assert exact_divergence(ReverseKL(), logits[:0], reference[:0]).shape == (0,)
+    alone = exact_divergence(ReverseKL(), logits[0], reference[0])
+    torch.testing.assert_close(alone, exact_divergence(ReverseKL(), logits, reference)[0])
+
+
 @with_cauchy_schwarz
 def test_gradcheck(term: Divergence | CauchySchwarz) -> None:
     logits, reference = logits_of(2, 5)
@@ -215,11 +230,22 @@ def test_without_gradient_nothing_is_kept_for_it() -> None:
         assert not exact_divergence(ReverseKL(), logits, reference).requires_grad
 
 
-@pytest.mark.parametrize("function", [exact_kl, lambda *args, **kw: exact_divergence(ReverseKL(), *args, **kw)])
-def test_refusals(function: Callable[..., Tensor]) -> None:
+either_function = pytest.mark.parametrize(
+    "function", [exact_kl, lambda *args, **kw: exact_divergence(ReverseKL(), *args, **kw)], ids=["kl", "divergence"]
+)
+
+
+@either_function
+@pytest.mark.wrong_shapes
+def test_another_vocabulary_is_refused(function: Callable[..., Tensor]) -> None:
     logits, reference = logits_of(3, 5)
     with pytest.raises(ShapeError, match=r"ref_logits: .*\[3, 5\], got \[3, 4\]"):
         function(logits, reference[:, :4])
+
+
+@either_function
+def test_a_temperature_of_zero_is_refused(function: Callable[..., Tensor]) -> None:
+    logits, reference = logits_of(3, 5)
     with pytest.raises(ConfigError, match=r"temperature: .*> 0, got 0.0"):
         function(logits, reference, temperature=0.0)
 
