@@ -1,5 +1,6 @@
 """The entropy of the policy as a bonus."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,14 +28,14 @@ class KeptShare(StepStatistic):
     tensor(0.7500)
     """
 
-    weights: tuple[Weight, ...]
+    weights: Sequence[Weight]
 
     def compute(self, batch: TokenBatch) -> Float[Tensor, ""]:
         """Kept tokens over all tokens."""
         return kept_tokens(self.weights, batch).sum() / batch.loss_mask.sum().clamp(min=1)
 
 
-def kept_tokens(weights: tuple[Weight, ...], batch: TokenBatch) -> Float[Tensor, "B T"]:
+def kept_tokens(weights: Sequence[Weight], batch: TokenBatch) -> Float[Tensor, "B T"]:
     """1 for the tokens that all masks keep."""
     kept = batch.loss_mask.float()
     for weight in weights:
@@ -62,7 +63,7 @@ class EntropyBonus(Term):
     tensor([[-0.5000, -1.5000]])
     """
 
-    weights: tuple[Weight, ...] = ()
+    weights: Sequence[Weight] = ()
     share: KeptShare = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """What policy surrogates share: weights, ratio, clip metrics."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,7 +28,7 @@ class Surrogate(Term):
         CompositionError: if two of the weights correct for the sampler.
     """
 
-    weights: tuple[Weight, ...] = ()
+    weights: Sequence[Weight] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", tuple(self.weights))
