@@ -9,6 +9,7 @@ from rlstab.rollouts._engine import Engine, Health
 from rlstab.rollouts._kept import KeptSets, renormalised_logprobs
 from rlstab.rollouts._request import Request, Sampling, Truncation
 from rlstab.rollouts._rollout import NOT_SAMPLED, FinishReason, Rollout, Timing, Turn, join_turns
+from rlstab.rollouts._store import load_rollouts, save_rollouts
 from rlstab.rollouts._transformers import TransformersEngine
 from rlstab.rollouts._weights import ModelWeights, WeightSource
 
@@ -28,5 +29,7 @@ __all__ = [
     "Turn",
     "WeightSource",
     "join_turns",
+    "load_rollouts",
     "renormalised_logprobs",
+    "save_rollouts",
 ]

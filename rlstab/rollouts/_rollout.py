@@ -66,7 +66,8 @@ class Rollout:
         features: the request's features.
 
     Raises:
-        ShapeError: if the tensors do not fit together.
+        ShapeError: if the tensors do not fit together, or are of another type: ids and versions are int64, log-probs
+            float32, masks bool.
     """
 
     prompt_ids: Int[Tensor, "P"]
@@ -84,22 +85,22 @@ class Rollout:
     features: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, dtype in _VECTORS.items():
+            tensor: Tensor = vars(self)[name]
+            if tensor.ndim != 1 or tensor.dtype != dtype:
+                raise ShapeError(f"Rollout: {name} is {_described(tensor)}; expected a vector of {dtype}")
         size = len(self.token_ids)
-        sizes = {
-            "loss_mask": len(self.loss_mask),
-            "logprobs": len(self.logprobs),
-            "weight_versions": len(self.weight_versions),
-            "turns": self.turns[-1].stop if self.turns else 0,
-            "kept": size if self.kept is None else len(self.kept.counts),
-        }
-        for name, found in sizes.items():
+        covered = {name: len(vars(self)[name]) for name in ("loss_mask", "logprobs", "weight_versions")}
+        covered["turns"] = self.turns[-1].stop if self.turns else 0
+        covered["kept"] = size if self.kept is None else len(self.kept.counts)
+        for name, found in covered.items():
             if found != size:
                 raise ShapeError(f"Rollout: {name} covers {found} tokens; expected {size}, as token_ids has")
         steps = len(self.prompt_ids) + size - 1
-        if self.routed_experts is not None and len(self.routed_experts) != steps:
+        if self.routed_experts is not None and (self.routed_experts.ndim != 3 or len(self.routed_experts) != steps):
             raise ShapeError(
-                f"Rollout: routed_experts covers {len(self.routed_experts)} tokens; expected {steps}, "
-                "all of prompt and completion but the last"
+                f"Rollout: routed_experts is {_described(self.routed_experts)}; expected [tokens, layers, experts] for "
+                f"{steps} tokens, all of prompt and completion but the last"
             )
 
     def __eq__(self, other: object) -> bool:
@@ -108,6 +109,19 @@ class Rollout:
         return all(_same(vars(self)[entry.name], vars(other)[entry.name]) for entry in dataclasses.fields(self))
 
     __hash__ = None  # type: ignore[assignment]
+
+
+_VECTORS = {
+    "prompt_ids": torch.int64,
+    "token_ids": torch.int64,
+    "loss_mask": torch.bool,
+    "logprobs": torch.float32,
+    "weight_versions": torch.int64,
+}
+
+
+def _described(tensor: Tensor) -> str:
+    return f"a tensor of {tensor.dtype} and shape {list(tensor.shape)}"
 
 
 def _same(one: object, other: object) -> bool:

@@ -39,8 +39,9 @@ class TransformersEngine(Engine):
 
     Rows that finish leave the batch and waiting prompts take their places; a prompt that several requests share is read
     once. Requests with features (images), and models that keep more than keys and values (linear attention), run in
-    batches that last as long as their longest row instead. Every request draws from a random stream of its own: which other requests are in the call, and how many rows
-    run at once, changes its log-probs by rounding only, so practically never its tokens.
+    batches that last as long as their longest row instead. Every request draws from a random stream of its own: which
+    other requests are in the call, and how many rows run at once, changes its log-probs by rounding only, so
+    practically never its tokens.
 
     The engine shares the trainer's model by default, and so is never stale. With `share=False` it samples with a copy,
     which changes at `sync_weights` only: to study staleness, or to sample in another precision. Make a copying engine
