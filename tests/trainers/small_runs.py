@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlstab.losses import Objective, Term
+from rlstab.batch import TokenBatch
+from rlstab.losses import ClippedSurrogate, GroupNorm, Loss, Objective, Term
 from rlstab.models import tiny_causal_lm, tiny_tokenizer
 from rlstab.record import RunFolder
 from rlstab.trainers import StableGRPOTrainer
@@ -84,3 +86,38 @@ def assert_same_weights(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
 def without_times(row: Mapping[str, Any]) -> dict[str, str]:
     """The numbers of a log line or metrics row that do not depend on the clock; as text, so that NaN equals NaN."""
     return {key: repr(value) for key, value in row.items() if not key.endswith(TIMES)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watched(ClippedSurrogate):
+    """A clipped surrogate that keeps every batch it is shown."""
+
+    seen: list[TokenBatch] = field(default_factory=list, repr=False, compare=False)
+
+    def loss(self, batch: TokenBatch) -> Loss:
+        """The loss, unchanged."""
+        self.seen.append(batch)
+        return super().loss(batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchedAdvantage(GroupNorm):
+    """GRPO's advantage, which keeps every generation it is shown."""
+
+    seen: list[TokenBatch] = field(default_factory=list, repr=False, compare=False)
+
+    def compute(self, batch: TokenBatch) -> Tensor:
+        """The advantages, unchanged."""
+        self.seen.append(batch)
+        return super().compute(batch)
+
+
+def texts(batch: TokenBatch) -> list[str]:
+    """The completions of a batch, as a reward function sees them."""
+    ids = [row[kept].tolist() for row, kept in zip(batch.column("token_ids"), batch.mask, strict=True)]
+    return TOKENIZER.batch_decode(ids, skip_special_tokens=True)
+
+
+def joined(batches: list[TokenBatch], column: str) -> Tensor:
+    """One column of several micro-batches."""
+    return torch.cat([batch.column(column) for batch in batches])
