@@ -30,6 +30,7 @@ _PLAIN = {
     Mapping: "a mapping",
     list: "a list",
     tuple: "a list",
+    Sequence: "a list",
 }
 
 
