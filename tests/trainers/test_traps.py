@@ -34,13 +34,16 @@ from rlstab.batch import TokenBatch
 from rlstab.errors import ConfigError
 from rlstab.losses import (
     KL,
+    BatchStd,
     ClippedSurrogate,
+    GroupCenter,
     GroupNorm,
     JensenShannon,
     KLCov,
     Loss,
     Objective,
     ReverseKL,
+    RolloutPart,
     TopEntropy,
     TruncatedIS,
     presets,
@@ -279,16 +282,24 @@ def test_rollout_parts_see_the_whole_generation_in_its_order(tmp_path: Path) -> 
         assert texts(whole) != [text for batch in policy.seen[2 * i : 2 * i + 2] for text in texts(batch)]
 
 
-# Bit for bit where sums are exact; elsewhere the two round once in another place.
-@pytest.mark.parametrize(("reward", "difference"), [(rises, 0.0), (digits_reward, 3e-7), (sometimes_unscored, 3e-7)])
-def test_an_explicit_group_norm_is_the_hosts_advantage(
-    reward: Callable[..., Any], difference: float, tmp_path: Path
+# Differences are exact for whole numbers; a division by the standard deviation rounds once in another place.
+@pytest.mark.parametrize(
+    ("advantage", "scale", "reward", "difference"),
+    [
+        (GroupCenter(), "none", rises, 0.0),
+        (GroupNorm(), "group", rises, 3e-7),
+        (GroupNorm(), "group", sometimes_unscored, 3e-7),
+        (BatchStd(), "batch", digits_reward, 3e-7),
+    ],
+)
+def test_an_explicit_advantage_is_the_hosts(
+    advantage: RolloutPart, scale: str, reward: Callable[..., Any], difference: float, tmp_path: Path
 ) -> None:
     seen: list[Tensor] = []
-    for advantage in (None, GroupNorm()):
+    for part, scale_rewards in ((None, scale), (advantage, "group")):
         policy = Watched()
-        objective, settings = Objective(policy=policy), {"max_steps": 1, "gradient_accumulation_steps": 4}
-        trainer = trainer_of(tmp_path, objective, advantage=advantage, reward=reward, settings=settings)
+        settings = {"max_steps": 1, "gradient_accumulation_steps": 4, "scale_rewards": scale_rewards}
+        trainer = trainer_of(tmp_path, Objective(policy=policy), advantage=part, reward=reward, settings=settings)
         trainer.train()
         seen.append(joined(policy.seen, "advantages"))
         assert sorted(trainer._logs["advantages"]) == sorted(seen[-1].tolist())
