@@ -62,7 +62,7 @@ class TinyModel(ModelSource):
         Example:
             >>> from rlstab.tasks import SortDigits
             >>> TinyModel(hidden=32).load(SortDigits(), seed=0).model.num_parameters()
-            33632
+            21280
         """
         if not isinstance(task, EmbeddedTask):
             raise ConfigError(

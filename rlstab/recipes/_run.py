@@ -1,5 +1,6 @@
 """From a recipe to a trained model: warm-up, evaluation, training, evaluation, report."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +13,10 @@ from jsonargparse import get_loader
 from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainerState, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from rlstab.errors import ConfigError, RecipeError, RlstabError
 from rlstab.recipes._held_out import HeldOutExam
-from rlstab.recipes._interrupt import GracefulStop
 from rlstab.recipes._models import LoadedModel, PretrainedModel
 from rlstab.recipes._reading import ReadRecipe
 from rlstab.recipes._recipe import Recipe
@@ -25,7 +25,14 @@ from rlstab.recipes._warmup import warm_up
 from rlstab.record import RunFolder
 from rlstab.report import print_summary, write_plots, write_report
 from rlstab.tasks import EmbeddedTask
-from rlstab.trainers import GRPOConfig, ProgressCallback, StableGRPOTrainer, latest_checkpoint
+from rlstab.trainers import (
+    GracefulStop,
+    GRPOConfig,
+    Periodically,
+    ProgressCallback,
+    StableGRPOTrainer,
+    latest_checkpoint,
+)
 
 __all__ = ["Outcome", "run_recipe"]
 
@@ -161,7 +168,7 @@ class _Run:
         trainer.accelerator.wait_for_everyone()
         return stop.requested
 
-    def _trainer(self, callbacks: list[TrainerCallback]) -> StableGRPOTrainer:
+    def _trainer(self, callbacks: list[Any]) -> StableGRPOTrainer:
         recipe = self.recipe
         model, tokenizer = self._start()
         set_seed(recipe.seed)
@@ -183,7 +190,10 @@ class _Run:
         trainer.remove_callback(PrinterCallback)
         if self.folder is not None and recipe.evaluation.every is not None:
             policy = trainer.accelerator.unwrap_model(trainer.model)
-            trainer.add_callback(_Evaluations(recipe.evaluation.every, self.exam, policy, tokenizer, self.folder))
+            append = self.folder.append_metrics
+            trainer.add_callback(
+                Periodically(recipe.evaluation.every, lambda step: append(step, self.exam.take(policy, tokenizer)[0]))
+            )
         return trainer
 
     def _start(self) -> LoadedModel:
@@ -243,30 +253,12 @@ class _Run:
         self._evaluate("after", step, policy.to(self.args.device), tokenizer)
 
 
-class _Evaluations(TrainerCallback):
-    """Adds an evaluation to the metrics of a step, after every so many optimizer steps."""
-
-    def __init__(
-        self, every: int, exam: HeldOutExam, policy: Any, tokenizer: PreTrainedTokenizerBase, folder: RunFolder
-    ) -> None:
-        self._every = every
-        self._exam = exam
-        self._policy = policy
-        self._tokenizer = tokenizer
-        self._folder = folder
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Evaluate if it is time."""
-        if state.global_step % self._every == 0:
-            self._folder.append_metrics(state.global_step, self._exam.take(self._policy, self._tokenizer)[0])
-
-
 def _is_finished(checkpoint: Path, args: GRPOConfig) -> bool:
     """Whether a checkpoint is that of the last step that the arguments ask for."""
-    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
     if args.max_steps > 0:
-        return bool(state.global_step >= args.max_steps)
-    return bool(state.global_step >= state.max_steps and state.num_train_epochs >= args.num_train_epochs)
+        return bool(state["global_step"] >= args.max_steps)
+    return bool(state["global_step"] >= state["max_steps"] and state["num_train_epochs"] >= args.num_train_epochs)
 
 
 @contextmanager

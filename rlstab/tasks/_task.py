@@ -15,6 +15,8 @@ from rlstab.errors import ConfigError, RewardError
 __all__ = ["EmbeddedTask", "Problem", "Split", "Task", "split_of"]
 
 Split = Literal["train", "test"]
+"""The prompts that are trained on, or those that are held out."""
+
 Messages = Sequence[Mapping[str, Any]]
 
 TEST_SHARE = 0.2

@@ -3,8 +3,19 @@
 from rlstab.trainers._checkpoint import latest_checkpoint
 from rlstab.trainers._grpo import StableGRPOTrainer
 from rlstab.trainers._host import GRPOConfig
+from rlstab.trainers._periodic import Periodically
 from rlstab.trainers._progress import ProgressCallback
 from rlstab.trainers._recorder import RowListener
 from rlstab.trainers._signals import Signals
+from rlstab.trainers._stop import GracefulStop
 
-__all__ = ["GRPOConfig", "ProgressCallback", "RowListener", "Signals", "StableGRPOTrainer", "latest_checkpoint"]
+__all__ = [
+    "GRPOConfig",
+    "GracefulStop",
+    "Periodically",
+    "ProgressCallback",
+    "RowListener",
+    "Signals",
+    "StableGRPOTrainer",
+    "latest_checkpoint",
+]

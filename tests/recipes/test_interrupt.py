@@ -1,4 +1,4 @@
-"""Ctrl-C inside and outside of training."""
+"""Runs that were stopped outside of training, or have ended, and go on."""
 
 import signal
 from dataclasses import dataclass, replace
@@ -7,34 +7,12 @@ from typing import final
 
 import pytest
 from rich.console import Console
-from transformers import TrainerControl, TrainerState
 
 from rlstab.recipes import LoadedModel, ModelSource, read_recipe, run_recipe
-from rlstab.recipes._interrupt import GracefulStop
 from rlstab.record import RunFolder
 from rlstab.tasks import Task
 
 QUIET = Console(quiet=True)
-
-
-def test_the_first_interrupt_asks_and_the_second_stops() -> None:
-    stop, control = GracefulStop(QUIET), TrainerControl()
-    with stop:
-        stop.on_step_end(None, TrainerState(), control)
-        assert (control.should_save, control.should_training_stop) == (False, False)
-        signal.raise_signal(signal.SIGINT)
-        assert stop.requested
-        stop.on_step_end(None, TrainerState(), control)
-        assert (control.should_save, control.should_training_stop) == (True, True)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-
-
-def test_the_previous_handler_comes_back() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with GracefulStop(QUIET):
-        assert signal.getsignal(signal.SIGINT) != before
-    assert signal.getsignal(signal.SIGINT) == before
 
 
 RECIPE = """

@@ -1,5 +1,7 @@
 """Ctrl-C during training: the first one finishes the step and saves, the second one stops at once."""
 
+from __future__ import annotations
+
 import signal
 from types import FrameType
 from typing import Any, Self
