@@ -1,0 +1,40 @@
+"""Every example runs, and prints what it promises."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def output_of(name: str, *arguments: str) -> str:
+    run = subprocess.run(
+        [sys.executable, "-W", "error:::rlstab", EXAMPLES / name, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout
+
+
+def test_compose_a_loss() -> None:
+    text = output_of("compose_a_loss.py")
+    assert "LogProbs(source='sampler')" in text
+    assert all(f"  {name} " in text for name in ("policy", "drift", "length"))
+    assert "gradient of the log-probs" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("grpo_in_a_trl_script.py", ("reward ", "objective/drift/loss", "mismatch/k3")),
+        ("watch_kl_drift.py", ("step   1", "KL to the start 0.0000 ± 0.0000", "trainer vs sampler k3", "kl_drift.png")),
+    ],
+)
+def test_training_examples(name: str, expected: tuple[str, ...]) -> None:
+    text = output_of(name, "2")
+    assert all(part in text for part in expected), text
