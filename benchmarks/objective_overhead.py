@@ -282,11 +282,13 @@ def batch_of(case: Case, rows: int, width: int, device: torch.device) -> tuple[d
 
 
 def loss_and_backward(trainer: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The loss, and the gradient of the log-probs."""
+    """The loss, and the gradient of the log-probs. rlstab reads its metrics where a step closes, the host in the loss."""
     logp, entropy = trainer.scores
     logp.grad = entropy.grad = None
     loss = trainer._compute_loss(trainer.model, inputs)
     loss.backward()
+    if isinstance(trainer, StableGRPOTrainer):
+        trainer._close_step()
     return loss.detach(), logp.grad
 
 

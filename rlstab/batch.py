@@ -163,9 +163,7 @@ class TokenBatch:
         clean: dict[str, object] = {"logps": logps, "vocab": {k: self._clean(v) for k, v in self.vocab.items()}}
         if self.advantages is not None and self.advantages.dim() == 2:
             clean["advantages"] = self._clean(self.advantages)
-        clean["token_weight"] = self.loss_mask.view(
-            torch.uint8
-        ).float()  # by way of bytes: several times faster on a CPU
+        clean["token_weight"] = self.loss_mask.view(torch.uint8).float()  # by way of bytes: much faster on a CPU
         for name, result in {**clean, "zeroed": True}.items():
             object.__setattr__(self, name, result)
 
@@ -178,13 +176,12 @@ class TokenBatch:
         if self.mask.dim() != 2:
             raise ShapeError(f"mask: expected [B, T], got {list(self.mask.shape)}")
         full, rows = self.mask.shape, self.mask.shape[:1]
-        tokens = {"loss_mask": self.loss_mask, "token_ids": self.token_ids}
-        tokens |= {f"logps[{k!r}]": v for k, v in self.logps.items()} | {
-            f"vocab[{k!r}]": v for k, v in self.vocab.items()
-        }
-        for name, value in tokens.items():
-            if value is not None and value.shape != full:
-                raise ShapeError(f"{name}: expected the mask's shape {list(full)}, got {list(value.shape)}")
+        single = {"loss_mask": self.loss_mask, "token_ids": self.token_ids}
+        for of, tokens in (("{}", single), ("logps[{!r}]", self.logps), ("vocab[{!r}]", self.vocab)):
+            for name, value in tokens.items():
+                if value is not None and value.shape != full:
+                    what = of.format(name)
+                    raise ShapeError(f"{what}: expected the mask's shape {list(full)}, got {list(value.shape)}")
         for name in ("rewards", "baseline", "group", "truncated"):
             value = self.__dict__[name]
             if value is not None and value.shape != rows:

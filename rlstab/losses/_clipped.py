@@ -36,7 +36,7 @@ def clipped_surrogate(
     # The minimum bounds the ratio above where A > 0, below where A < 0; there the other bounds act on large ratios.
     lower = torch.where(advantages < 0, 1 - low, torch.full_like(advantages, -math.inf))
     upper = torch.where(advantages > 0, min(cap, 1 + high), torch.full_like(advantages, largest))
-    return -(ratio.clamp(lower, upper) * advantages)
+    return ratio.clamp(lower, upper) * -advantages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +161,7 @@ class CISPO(RatioSurrogate):
         """The weighted log-probs."""
         ratio = ratio_of(self.ratio.log_ratio(batch).detach())  # sg(r): a weight
         advantages = batch.token_advantages()
-        loss = -ratio.clamp(self.min, self.max) * advantages * finite_logp(batch.logp("policy"))
+        loss = ratio.clamp(self.min, self.max) * -advantages * finite_logp(batch.logp("policy"))
         metrics: dict[str, Metric] = {"ratio_max": ratio_max(ratio, batch)}
         metrics["clip_high"] = clip_share((ratio > self.max) & (advantages > 0), batch)
         if self.min is not None:
@@ -179,7 +179,7 @@ def sapo_surrogate(
     tensor([[-2.]])
     """
     tau = torch.where(advantages > 0, tau_pos, torch.full_like(advantages, tau_neg))
-    return -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantages
+    return torch.sigmoid(tau * (ratio - 1)) * (-4 / tau * advantages)
 
 
 @dataclass(frozen=True, kw_only=True)

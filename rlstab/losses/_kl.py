@@ -93,4 +93,4 @@ class KL(Term):
         if self.weight != "none":
             factor = ratio_of(self.ratio.log_ratio(batch))
             value = value * (factor if self.weight == "differentiable" else factor.detach())
-        return Loss(value, {"kl": token_mean(value, batch.loss_mask)})
+        return Loss(value, {"kl": token_mean(value, batch.token_weight)})

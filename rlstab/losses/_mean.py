@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rlstab.batch import TokenBatch
 from rlstab.errors import ConfigError, ShapeError
 
+SMALLEST = 1e-6  # below every count but 0
 Unit = Literal["token", "sequence"] | int
 
 
@@ -93,13 +93,13 @@ class MeanField:
 
     def __get__(self, term: Any, owner: Any = None) -> Any:
         """The default of the class, or the mean of a term."""
-        return self.default if term is None else BoundMean(term.__dict__["_mean"], term)
+        return self.default if term is None else term.__dict__["_mean"]
 
     def __set__(self, term: Any, value: Mean) -> None:
-        """Keep the plain mean: a copy of the term binds it anew."""
-        term.__dict__["_mean"] = Mean(unit=value.unit, over=value.over)
+        """Bind the mean to the term."""
+        term.__dict__["_mean"] = BoundMean(value, term)
 
 
 def _or_one(count: Tensor | float) -> Tensor | float:
-    """The count, or 1 where nothing was counted. A count per rank may lie between 0 and 1."""
-    return torch.where(count > 0, count, 1.0) if isinstance(count, Tensor) else count or 1.0
+    """The count, or something that 0 can be divided by. A count per rank may lie between 0 and 1."""
+    return count.clamp(min=SMALLEST) if isinstance(count, Tensor) else count or 1.0

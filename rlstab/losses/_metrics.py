@@ -127,7 +127,7 @@ def token_mean(values: Tensor, mask: Tensor) -> Sum:
     values = values.detach()
     if values.shape[-1] == 1:
         return Sum(values.sum(), torch.full_like(values[:, 0], 1.0).sum())
-    return Sum((values * mask).sum(), mask.sum().to(values.dtype))
+    return Sum((values * mask).sum(), mask.sum())
 
 
 def masked_max(values: Tensor, mask: Tensor) -> Max:

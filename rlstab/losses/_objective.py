@@ -114,7 +114,7 @@ class Objective:
             values, metrics = term.loss(batch)
             value = term.mean.reduce(values, batch)
             weight = term.coefficient
-            weighted = (weight.to(value.dtype) if isinstance(weight, Tensor) else weight) * value
+            weighted = _times(weight, value)
             total = weighted if total is None else total + weighted
             reports[name] = TermReport(value.detach(), weight, metrics)
         assert total is not None
@@ -165,3 +165,9 @@ class Objective:
             )
         for name, controller in controllers.items():
             controller.load_state_dict(state[name])
+
+
+def _times(weight: float | Tensor, value: Tensor) -> Tensor:
+    if isinstance(weight, Tensor):
+        return weight.to(value.dtype) * value
+    return value if weight == 1.0 else weight * value

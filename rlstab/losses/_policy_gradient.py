@@ -175,7 +175,7 @@ class VESPO(RatioSurrogate):
             k_neg=self.k_neg,
             lambda_neg=self.lambda_neg,
         )
-        loss = -phi * advantages * finite_logp(batch.logp("policy"))
+        loss = phi * -advantages * finite_logp(batch.logp("policy"))
         metrics["phi"] = token_mean(phi, batch.token_weight)
         metrics["ratio_max"] = ratio_max(ratio_of(log_weight), batch)
         return loss if self.correction is None else self.correction.drop_unscored(loss, batch), metrics

@@ -56,8 +56,12 @@ def token_batch(
     logps: Mapping[str, Tensor] | None = None,
     vocab: Mapping[str, Tensor] | None = None,
     counts: Mapping[str, Count] | None = None,
+    zeroed: bool = False,
 ) -> TokenBatch:
-    """The token batch of a host dictionary: what it carries, plus what was computed for this pass."""
+    """The token batch of a host dictionary: what it carries, plus what was computed for this pass.
+
+    `zeroed` says that what was computed is zero outside the loss, as what is carried is (`zero_outside_loss`).
+    """
     mask, loss_mask = completion_masks(inputs)
     carried = {source: inputs[key] for key, source in HOST_LOGPS.items() if key in inputs}
     return TokenBatch(
@@ -72,7 +76,14 @@ def token_batch(
         vocab=vocab or {},
         parts={key.removeprefix(PART): value for key, value in inputs.items() if key.startswith(PART)},
         counts=counts or {},
+        zeroed=zeroed,
     )
+
+
+def zero_outside_loss(output: dict[str, Any]) -> None:
+    """Set the log-probs that travel with a generation to zero where there is no loss, once for all micro-batches."""
+    _, loss_mask = completion_masks(output)
+    output.update({key: torch.where(loss_mask, output[key], 0.0) for key in HOST_LOGPS if key in output})
 
 
 def gather_batch(batch: TokenBatch, accelerator: Any) -> TokenBatch:

@@ -130,6 +130,7 @@ class StableGRPOTrainer(GRPOTrainer):
         if objective is not None:
             _arguments.notice_inert_parts(self.objective, args)
         self._host_keys = _host_metrics.host_keys(self.objective)
+        self._scopes = {term.mean.over for term in self.objective.terms.values()}
         self._log_of_step = MetricLog(self.accelerator)
         self._mismatch = _signals.Mismatch(self.accelerator)
         self._drift = _signals.Drift(self, self._references, self.signals)
@@ -229,6 +230,7 @@ class StableGRPOTrainer(GRPOTrainer):
         with torch.no_grad(), self._without_checkpointing():
             for source in sorted(self._term_references()):
                 output[f"rlstab_{source}_logps"] = self._score_reference(source, output)
+            _batches.zero_outside_loss(output)
             self._run_rollout_parts(output)
         if training:
             self._recorder.on_rollouts(inputs, output)
@@ -358,7 +360,13 @@ class StableGRPOTrainer(GRPOTrainer):
                 model, **_batches.model_inputs(inputs), compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
             )
             vocab = {"entropy": entropies}
-        batch = _batches.token_batch(inputs, logps={"policy": logps}, vocab=vocab, counts=self._counts(inputs))
+        batch = _batches.token_batch(
+            inputs,
+            logps={"policy": logps},
+            vocab=vocab,
+            counts=self._counts(inputs),
+            zeroed=not self._exact and "tool_mask" not in inputs,  # the host gives padding 0, tokens of tools a score
+        )
         result = self.objective(batch)
         loss = result.loss
         if aux_loss is not None:
@@ -393,15 +401,14 @@ class StableGRPOTrainer(GRPOTrainer):
         return float(self.current_gradient_accumulation_steps) if self.model.training else 1.0
 
     def _counts(self, inputs: Mapping[str, Any]) -> dict[str, Count]:
-        _, loss_mask = _batches.completion_masks(inputs)
-        rows, accumulation = loss_mask.size(0), self._accumulation()
+        rows, accumulation = inputs["completion_ids"].size(0), self._accumulation()
         ranks = self.accelerator.num_processes
         generation = self.args.steps_per_generation if self.model.training else 1
         of_generation = inputs["num_items_in_batch"].clamp(min=1) / ranks * accumulation / generation
-        counts = {
-            "micro_batch": Count(loss_mask.sum().clamp(min=1) * accumulation, rows * accumulation),
-            "generation": Count(of_generation, rows * accumulation),
-        }
+        counts = {"generation": Count(of_generation, rows * accumulation)}
+        if "micro_batch" in self._scopes:
+            _, loss_mask = _batches.completion_masks(inputs)
+            counts["micro_batch"] = Count(loss_mask.sum() * accumulation, rows * accumulation)
         if not self.model.training:
             counts["step"] = counts["generation"]
         elif self._step_count is not None:
@@ -444,7 +451,7 @@ class StableGRPOTrainer(GRPOTrainer):
     def _close_step(self) -> None:
         micro_batches = self._log_of_step.collect()
         self._log_as_host(micro_batches)
-        values = merged(micro_batches)
+        values = {key: numbers.value for key, numbers in merged(micro_batches).items()}
         step = self.state.global_step + 1
         by_term: dict[str, dict[str, float]] = {}
         for name, term in self.objective.terms.items():

@@ -49,7 +49,7 @@ def measured(result: ObjectiveLoss, batch: TokenBatch, ranks: int) -> dict[str, 
     for name, report in result.terms.items():
         metrics[f"objective/{name}/loss"] = share(report.loss)
         metrics |= {f"objective/{name}/{key}": metric for key, metric in report.metrics.items()}
-    metrics["policy/entropy"] = token_mean(batch.statistic("entropy"), batch.loss_mask)
+    metrics["policy/entropy"] = token_mean(batch.statistic("entropy"), batch.token_weight)
     return metrics
 
 

@@ -1,12 +1,11 @@
-"""What micro-batches measured, reduced over ranks and brought to the host's memory with one wait for the device."""
+"""What micro-batches measured, over all ranks, brought from the device with one wait and one collective."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +15,7 @@ from rlstab.losses import Hist, Max, Metric, Min, Sum, Total
 __all__ = ["MetricLog", "Numbers", "merged"]
 
 
-@dataclass(frozen=True)
-class Numbers:
+class Numbers(NamedTuple):
     """A metric that has left the device: what it is made of, and how that merges."""
 
     kind: type[Metric]
@@ -27,10 +25,9 @@ class Numbers:
         """The metric of both together; NaN if either extreme is."""
         if self.kind not in (Max, Min):
             return Numbers(self.kind, tuple(a + b for a, b in zip(self.parts, other.parts, strict=True)))
-        extremes = (*self.parts, *other.parts)
-        unknown = any(math.isnan(x) for x in extremes)
+        extremes = self.parts + other.parts
         extreme = max(extremes) if self.kind is Max else min(extremes)
-        return Numbers(self.kind, (math.nan if unknown else extreme,))
+        return Numbers(self.kind, (math.nan if any(map(math.isnan, extremes)) else extreme,))
 
     @property
     def value(self) -> float:
@@ -44,10 +41,7 @@ class Numbers:
 
 
 class MetricLog:
-    """Keeps the metrics of micro-batches on the device until they are asked for.
-
-    Every rank must add the same keys: the reduction stacks them in one tensor per kind.
-    """
+    """Keeps the metrics of micro-batches on the device until they are asked for. Every rank must add the same keys."""
 
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator
@@ -60,46 +54,40 @@ class MetricLog:
     def collect(self) -> list[dict[str, Numbers]]:
         """The metrics of each micro-batch over all ranks; the log is empty afterwards."""
         micro_batches, self._micro_batches = self._micro_batches, []
-        numbers = self._reduced([metric for metrics in micro_batches for metric in metrics.values()])
-        return [{key: next(numbers) for key in metrics} for metrics in micro_batches]
-
-    @torch.no_grad()
-    def _reduced(self, metrics: Sequence[Metric]) -> Iterator[Numbers]:
-        added = [part for metric in metrics for part in _summands(metric)]
-        largest = [m.num if isinstance(m, Max) else -m.num for m in metrics if isinstance(m, Max | Min)]
-        if not metrics:
-            return iter(())
-        numbers = torch.stack([*added, *largest]).float()
+        entries = [
+            (place, key, type(metric), _parts(metric))
+            for place, metrics in enumerate(micro_batches)
+            for key, metric in metrics.items()
+        ]
+        if not entries:
+            return []
+        with torch.no_grad():
+            numbers = torch.stack([part for *_, parts in entries for part in parts]).float().unsqueeze(0)
         if self._accelerator.num_processes > 1:
-            sums, tops = numbers[: len(added)], numbers[len(added) :]
-            sums = self._accelerator.reduce(sums, reduction="sum") if added else sums
-            tops = self._accelerator.gather(tops.unsqueeze(0)).amax(0) if largest else tops
-            numbers = torch.cat([sums, tops])
-        values = numbers.tolist()
-        return _assembled(metrics, iter(values[: len(added)]), iter(values[len(added) :]))
+            numbers = self._accelerator.gather(numbers)
+        of_ranks = []
+        for row in map(iter, numbers.tolist()):
+            named: list[dict[str, Numbers]] = [{} for _ in micro_batches]
+            for place, key, kind, parts in entries:
+                named[place][key] = Numbers(kind, tuple(islice(row, len(parts))))
+            of_ranks.append(named)
+        return [merged(same) for same in zip(*of_ranks, strict=True)]
 
 
-def merged(micro_batches: Sequence[Mapping[str, Numbers]]) -> dict[str, float]:
-    """The values of all micro-batches together."""
+def merged(several: Iterable[Mapping[str, Numbers]]) -> dict[str, Numbers]:
+    """The metrics of several micro-batches or ranks together."""
     whole: dict[str, Numbers] = {}
-    for metrics in micro_batches:
+    for metrics in several:
         for key, numbers in metrics.items():
             whole[key] = whole[key].merge(numbers) if key in whole else numbers
-    return {key: numbers.value for key, numbers in whole.items()}
+    return whole
 
 
-def _assembled(metrics: Sequence[Metric], sums: Iterator[float], tops: Iterator[float]) -> Iterator[Numbers]:
-    for metric in metrics:
-        if isinstance(metric, Max | Min):
-            top = next(tops)
-            yield Numbers(type(metric), (top if isinstance(metric, Max) else -top,))
-        else:
-            yield Numbers(type(metric), tuple(itertools.islice(sums, len(_summands(metric)))))
-
-
-def _summands(metric: Metric) -> tuple[Tensor, ...]:
+def _parts(metric: Metric) -> tuple[Tensor, ...]:
+    """The tensors that make a metric, each 0-dim."""
     if isinstance(metric, Sum):
         return metric.num, metric.den
-    if isinstance(metric, Total):
-        return (metric.num,)
-    return metric.counts.unbind() if isinstance(metric, Hist) else ()
+    if isinstance(metric, Hist):
+        return metric.counts.unbind()
+    assert isinstance(metric, Total | Max | Min)
+    return (metric.num,)
