@@ -81,10 +81,12 @@ def read_recipe(
     tree = load_tree(Path(path))
     for key, text in overrides:
         set_value(tree, key, text)
-    _complete_presets(tree)
+    _complete_objective(tree)
     if tree.get("output") is None:
         tree["output"] = _new_output(Path(path), resume)
-    if not isinstance(tree.setdefault("trainer", {}), dict):
+    if tree.get("trainer") is None:
+        tree["trainer"] = {}
+    if not isinstance(tree["trainer"], dict):
         raise RecipeError(f"trainer: expected a mapping of GRPOConfig's arguments, got {tree['trainer']!r}")
     parser = recipe_parser()
     try:
@@ -106,13 +108,17 @@ def _new_output(path: Path, resume: bool) -> str:
     return f"runs/{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _complete_presets(tree: Tree) -> None:
-    """Let the bare name of a preset stand for its import path."""
+def _complete_objective(tree: Tree) -> None:
+    """Let the bare name of a preset stand for its import path, and drop the terms that are null."""
     spec = tree.get("objective")
     if isinstance(spec, str):
         spec = tree["objective"] = {"class_path": spec}
-    if isinstance(spec, dict) and spec.get("class_path") in presets.__all__:
-        spec["class_path"] = f"{presets.__name__}.{spec['class_path']}"
+    match spec:
+        case {"class_path": str(name)} if name in presets.__all__:
+            tree["objective"]["class_path"] = f"{presets.__name__}.{name}"
+        case {"terms": dict() as terms} | {"init_args": {"terms": dict() as terms}}:
+            for name in [name for name, term in terms.items() if term is None]:
+                del terms[name]
 
 
 def _fault(tree: Tree) -> str | None:
@@ -132,11 +138,12 @@ def _fault(tree: Tree) -> str | None:
 
 def _trainer_fault(block: Tree) -> str | None:
     kinds = get_type_hints(GRPOConfig)
+    own = [key for key in kinds if key not in OWNED]
     for key, value in block.items():
         if key in OWNED:
             return f"trainer.{key}: not here (value {value!r}); {OWNED[key]}"
         if key not in kinds:
-            return f"trainer.{key}: GRPOConfig has no argument {key!r} (value {value!r}); {hint(key, kinds)}"
+            return f"trainer.{key}: GRPOConfig has no argument {key!r} (value {value!r}); {hint(key, own)}"
     return next(
         filter(None, (find_fault(f"trainer.{key}", item, kinds[key], build=False) for key, item in block.items())), None
     )

@@ -170,6 +170,9 @@ class _Run:
 
     def _trainer(self, callbacks: list[Any]) -> StableGRPOTrainer:
         recipe = self.recipe
+        with self.args.main_process_first(local=False):
+            if recipe.warmup is not None and not self._warmed.is_dir():
+                self._warm_up()
         model, tokenizer = self._start()
         set_seed(recipe.seed)
         with _host_errors():
@@ -198,15 +201,16 @@ class _Run:
 
     def _start(self) -> LoadedModel:
         """The policy that training starts from: as it is loaded, or as it came out of the warm-up."""
-        recipe, warmed = self.recipe, self.output / "initial"
-        if recipe.warmup is None:
-            return recipe.model.load(recipe.task, seed=recipe.seed)
-        with self.args.main_process_first(local=False):
-            if not warmed.is_dir():
-                self._warm_up(warmed)
-        return PretrainedModel(name=str(warmed)).load(recipe.task, seed=recipe.seed)
+        recipe = self.recipe
+        source = recipe.model if recipe.warmup is None else PretrainedModel(name=str(self._warmed))
+        return source.load(recipe.task, seed=recipe.seed)
 
-    def _warm_up(self, target: Path) -> None:
+    @property
+    def _warmed(self) -> Path:
+        return self.output / "initial"
+
+    def _warm_up(self) -> None:
+        """Warm the model up, once, and keep it in the run folder."""
         recipe = self.recipe
         assert recipe.warmup is not None
         assert isinstance(recipe.task, EmbeddedTask)
@@ -222,10 +226,10 @@ class _Run:
                 seed=recipe.seed,
                 on_step=lambda step, steps, loss: progress.update(line, completed=step, loss=loss),
             )
-        unfinished = target.with_name("initial.unfinished")
+        unfinished = self._warmed.with_name("initial.unfinished")
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        unfinished.replace(target)
+        unfinished.replace(self._warmed)
 
     def _evaluate(self, phase: str, step: int, policy: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         """Evaluate the policy of a step, unless the run folder holds that already."""

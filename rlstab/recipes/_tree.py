@@ -16,13 +16,13 @@ CLASS_KEYS = ("class_path", "init_args")
 MOST_SHOWN = 40
 
 
-def hint(name: str, known: Iterable[str]) -> str:
+def hint(name: object, known: Iterable[str]) -> str:
     """The nearest match of a name, and all that exist, as the end of a message.
 
     >>> hint("coeff", ["coef", "mean"])
     "did you mean 'coef'? There are: coef, mean"
     """
-    known = list(known)
+    name, known = str(name), list(known)
     if not known:
         return "there are none"
     nearest = get_close_matches(name, known, n=1) or [other for other in known if other.casefold() == name.casefold()]

@@ -121,6 +121,18 @@ def test_an_override_reaches_into_a_controller(file: Path) -> None:
     assert (coef.start, coef.steps) == (0.9, 50)
 
 
+def test_a_term_that_is_null_is_dropped(file: Path, tmp_path: Path) -> None:
+    found = read_recipe(file, [("objective.terms.drift", "null")])
+    assert list(objective(found.recipe).terms) == ["policy"]
+    (tmp_path / "resolved.yaml").write_text(found.text)
+    again = read(tmp_path / "resolved.yaml", "objective.terms.extra=JensenShannon", "objective.terms.policy=null")
+    assert list(objective(again).terms) == ["extra"]
+
+
+def test_a_block_that_is_null_is_empty(file: Path) -> None:
+    assert read(file, "trainer=null").trainer["max_steps"] == -1
+
+
 @pytest.mark.parametrize("name", ["dapo", "rlstab.losses.presets.dapo"])
 def test_a_preset_stands_for_an_objective(file: Path, tmp_path: Path, name: str) -> None:
     found = read_recipe(file, [("objective", name), ("objective.high", "0.4")])
@@ -182,6 +194,7 @@ MISTAKES = {
         "trainer.learnin_rate: GRPOConfig has no argument 'learnin_rate' (value 1)",
         "did you mean 'learning_rate'?",
     ),
+    "trainer.5=1": ("trainer.5: GRPOConfig has no argument '5' (value 1)",),
     "warmup.stps=1": ("warmup.stps: WarmUp has no argument 'stps' (value 1)", "did you mean 'steps'?", "noise"),
     "model.hiden=8": ("model.hiden: TinyModel has no argument 'hiden' (value 8)", "did you mean 'hidden'?"),
     "objective.terms.drift.coeff=0.5": (

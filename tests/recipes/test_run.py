@@ -181,6 +181,35 @@ def wait_for(process: subprocess.Popen[str], file: Path, lines: int) -> None:
         time.sleep(0.005)
 
 
+def test_two_processes_train_one_policy(folder: Path) -> None:
+    """The first process evaluates and writes, while the other waits."""
+    script = folder / "two.py"
+    script.write_text(
+        "import sys\n"
+        "from accelerate import PartialState\n"
+        "from rlstab.cli import main\n"
+        "code = main(sys.argv[1:])\n"
+        "print('processes:', PartialState().num_processes)\n"
+        "sys.exit(code)\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    changes = ["--trainer.use_cpu=true", "--trainer.max_steps=3", "--evaluation.every=2", "--warmup.steps=20"]
+    done = subprocess.run(
+        [*launch, "train", str(folder / "recipe.yaml"), "--output", str(folder / "two"), *changes],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("processes: 2") == 2
+    assert done.stdout.count("before → after") == 1
+    run_folder = RunFolder.open(folder / "two")
+    assert sorted(metrics(run_folder)) == [1, 2, 3]
+    assert [event.kind for event in run_folder.events().rows] == ["evaluation", "evaluation", "finished"]
+
+
 def test_ctrl_c_and_resume_follow_the_same_trajectory(
     folder: Path, whole: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -99,6 +99,10 @@ def test_a_name_in_another_case_is_near() -> None:
     assert hint("LORA", ["kl", "LoRA"]).startswith("did you mean 'LoRA'?")
 
 
+def test_a_name_may_be_a_number() -> None:
+    assert hint(5, ["seed"]) == "There are: seed"
+
+
 def test_changes_are_told_by_dotted_key() -> None:
     old = {"a": {"b": 1, "c": {}}, "d": [1]}
     assert changed_keys(old, {"a": {"b": 2, "c": {}}, "e": 1}) == {"a.b": (1, 2), "d": ([1], None), "e": (None, 1)}
