@@ -77,6 +77,8 @@ from rlstab.losses._sampler_weight import (
     TruncatedIS,
     Veto,
 )
+from rlstab.losses._streamed import Statistic, streamed_statistics
+from rlstab.losses._streamed_head import Head
 from rlstab.losses._surrogate import RatioSurrogate, Surrogate
 from rlstab.losses._term import Loss, Term, term_name
 from rlstab.losses._weight import (
@@ -124,6 +126,7 @@ __all__ = [
     "GroupCenter",
     "GroupNorm",
     "Groups",
+    "Head",
     "Hellinger",
     "Hist",
     "ImportanceSurrogate",
@@ -161,6 +164,7 @@ __all__ = [
     "SigmaFilter",
     "SkewJSD",
     "SoftenedKL",
+    "Statistic",
     "StepStatistic",
     "Sum",
     "Surrogate",
@@ -189,6 +193,7 @@ __all__ = [
     "presets",
     "run_parts",
     "sapo_surrogate",
+    "streamed_statistics",
     "term_name",
     "token_mean",
     "vespo_weight",

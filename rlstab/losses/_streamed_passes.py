@@ -1,0 +1,277 @@
+"""The passes over the vocabulary that `streamed_statistics` consists of, in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlstab.losses._streamed_forms import Form, Pair
+from rlstab.losses._streamed_head import (
+    Dtypes,
+    Head,
+    Normalizer,
+    Projection,
+    Tiling,
+    is_impossible,
+    log_probs,
+    place_of,
+    product,
+    slices,
+    tiling,
+)
+
+Named = dict[str, Tensor]
+"""Tensors with the tokens in their last dimension."""
+
+POLICY = ""  # beside the names of references
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A divergence that was asked for."""
+
+    key: str
+    source: str
+    form: Form
+    careful: Form
+    """The form for distributions in which tokens are impossible."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to compute, and with which heads."""
+
+    head: Head
+    heads: Mapping[str, Head]
+    """Those of the references, by source."""
+    statistics: tuple[str, ...]
+    entries: tuple[Entry, ...]
+    dtypes: Dtypes
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of everything that was asked for."""
+        return *self.statistics, *(entry.key for entry in self.entries)
+
+
+def gather(stack: ExitStack, plan: Plan) -> None:
+    """Have the weights of all heads whole until the stack unwinds; one that is shared is gathered once."""
+    for head in {id(head.weight): head for head in (plan.head, *plan.heads.values())}.values():
+        stack.enter_context(head.gather(head.weight, head.bias))
+
+
+class Models:
+    """The policy and the references at work.
+
+    Args:
+        plan: what to compute.
+        labels: one per token.
+        tensors: weight and bias of the policy's head and its hidden states; the same of each reference.
+    """
+
+    def __init__(self, plan: Plan, labels: Tensor, tensors: Sequence[Tensor]) -> None:
+        heads = {POLICY: plan.head, **plan.heads}
+        threes = zip(*(iter(tensors),) * 3, strict=True)
+        self.plan = plan
+        self.labels = labels
+        self.all = {
+            name: Projection(hidden, head, weight, bias, plan.dtypes)
+            for (name, head), (weight, bias, hidden) in zip(heads.items(), threes, strict=True)
+        }
+        self.policy = self.all[POLICY]
+        self.vocabulary = self.policy.vocabulary
+
+    def tiling(self, *, whole_rows: bool) -> Tiling:
+        """See `tiling`."""
+        return tiling(len(self.labels), self.vocabulary, self.labels.device, whole_rows=whole_rows)
+
+    def empty(self, *shape: int) -> Tensor:
+        """A tensor of the dtype of sums."""
+        return torch.empty(shape, dtype=self.plan.dtypes.sums, device=self.labels.device)
+
+    def weights(self, columns: slice) -> Named:
+        """A tile of each model's weight; where heads are shared, one and the same."""
+        tiles: dict[int, Tensor] = {}
+        for model in self.all.values():
+            if id(model.head.weight) not in tiles:
+                tiles[id(model.head.weight)] = model.weight(columns)
+        return {name: tiles[id(model.head.weight)] for name, model in self.all.items()}
+
+    def pair(self, logp: Tensor, ref_logp: Tensor, source: str) -> Pair:
+        """The two distributions, where an excluded token has a log-prob of `-inf` again."""
+        if self._excludes(source):
+            logp, ref_logp = (x.masked_fill(is_impossible(x), -torch.inf) for x in (logp, ref_logp))
+        return Pair(logp, ref_logp)
+
+    def forms(self, source: str) -> list[tuple[Entry, Form]]:
+        """Divergences from this reference, and how to sum them."""
+        careful = self._excludes(source)
+        entries = (entry for entry in self.plan.entries if entry.source == source)
+        return [(entry, entry.careful if careful else entry.form) for entry in entries]
+
+    def _excludes(self, source: str) -> bool:
+        return self.policy.excludes or self.all[source].excludes
+
+
+# -------------------------------------------------------------------- forward
+
+
+def forward(models: Models) -> tuple[Named, Named]:
+    """What was asked for, and what the gradient needs."""
+    tile = models.tiling(whole_rows=bool(models.plan.entries))
+    width = models.vocabulary if models.plan.entries else tile.columns
+    buffers = {name: models.empty(tile.rows, width) for name in models.all}
+    stripes = [_stripe(models, rows, tile, buffers) for rows in slices(len(models.labels), tile.rows)]
+    stripes = stripes or [_stripe(models, slice(0, 0), tile, buffers)]
+    values, saved = zip(*stripes, strict=True)
+    return _joined(values), _joined(saved)
+
+
+def _joined(parts: Sequence[Named]) -> Named:
+    return {name: torch.cat([part[name] for part in parts], dim=-1) for name in parts[0]}
+
+
+def _stripe(models: Models, rows: slice, tile: Tiling, buffers: Named) -> tuple[Named, Named]:
+    """The two results for some of the tokens, whose logits the buffers hold meanwhile if there are divergences."""
+    plan = models.plan
+    labels = models.labels[rows]
+    buffers = {name: buffer[: len(labels)] for name, buffer in buffers.items()}
+    normal = {name: Normalizer(labels, plan.dtypes.sums) for name in plan.heads}
+    normal[POLICY] = Normalizer(labels, plan.dtypes.sums, plan.statistics)
+    for columns in slices(models.vocabulary, tile.columns):
+        weights = models.weights(columns)
+        place = columns if plan.entries else slice(0, columns.stop - columns.start)
+        for name, model in models.all.items():
+            logits = buffers[name][:, place]
+            model.logits(rows, weights[name], columns, out=logits)
+            normal[name].add(logits, columns.start)
+    found = normal[POLICY].statistics()
+    saved = {f"high of {name}": one.high for name, one in normal.items()}
+    saved |= {f"log sum of {name}": one.log_sum for name, one in normal.items()}
+    saved |= {name: found[name] for name in ("entropy", "sum_squares") if name in found}
+    values = {name: found[name] for name in plan.statistics}
+    if plan.entries:
+        sums = _sums(models, tile, buffers, saved)
+        saved |= sums
+        values |= {entry.key: entry.form.value(sums[entry.key]) for entry in plan.entries}
+    return values, saved
+
+
+def _sums(models: Models, tile: Tiling, stripes: Named, saved: Named) -> Named:
+    """The sums of each divergence over the vocabulary."""
+    totals: Named = {}
+    for columns in slices(models.vocabulary, tile.columns):
+        logp = _log_probs(stripes[POLICY][:, columns], saved, POLICY)
+        for source in models.plan.heads:
+            pair = models.pair(logp, _log_probs(stripes[source][:, columns], saved, source), source)
+            for entry, form in models.forms(source):
+                sums = form.sums(pair)
+                totals[entry.key] = form.merge(totals[entry.key], sums) if entry.key in totals else sums
+    return totals
+
+
+def _log_probs(logits: Tensor, saved: Named, name: str, rows: slice = slice(None)) -> Tensor:
+    return log_probs(logits, saved[f"high of {name}"][rows], saved[f"log sum of {name}"][rows])
+
+
+# -------------------------------------------------------------------- backward
+
+
+def backward(models: Models, saved: Named, given: Mapping[str, Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients in the policy's weight, bias and hidden states, as far as they are needed."""
+    policy, dtypes = models.policy, models.plan.dtypes
+    weight, bias, hidden = (
+        torch.zeros_like(x) if x is not None and needed else None
+        for x, needed in zip((policy.head.weight, policy.head.bias, policy.hidden.to(dtypes.sums)), needs, strict=True)
+    )
+    rates = _rates(models, saved, given)
+    tile = models.tiling(whole_rows=False)
+    for columns in slices(models.vocabulary, tile.columns):
+        weights = models.weights(columns)
+        of_weight = None if weight is None else _summed(weight[columns], dtypes.sums)
+        for rows in slices(len(models.labels), tile.rows):
+            gradient = _gradient(models, rows, columns, weights, saved, rates)
+            factor = gradient.to(dtypes.factors)
+            if hidden is not None:
+                product(hidden[rows], factor, weights[POLICY])
+            if of_weight is not None:
+                product(of_weight, factor.t(), policy.hidden[rows])
+            if bias is not None:
+                bias[columns] += gradient.sum(0)
+        if weight is not None and of_weight is not None and weight.dtype != dtypes.sums:
+            weight[columns] = of_weight
+    return [weight, bias, hidden]
+
+
+def _summed(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where to sum what `part` will hold: in itself, or beside it if its dtype is too short."""
+    return part if part.dtype == dtype else torch.zeros_like(part, dtype=dtype)
+
+
+class _Rates(NamedTuple):
+    """The gradient of a loss in the statistics, as factors of what the gradient in a tile of logits is made of."""
+
+    label: Tensor | None
+    p: Tensor
+    """Of the policy itself: what keeps the sum over the vocabulary at 0."""
+    p_logp: Tensor | None
+    p_squared: Tensor | None
+    slopes: Named
+    """Of the slopes of divergences, by key."""
+
+
+def _rates(models: Models, saved: Named, given: Mapping[str, Tensor]) -> _Rates:
+    plan = models.plan
+    rate = {name: gradient.to(plan.dtypes.sums) * models.policy.slope for name, gradient in given.items()}
+    p = models.empty(len(models.labels)).zero_()
+    if "logp" in rate:
+        p -= rate["logp"]
+    if "log_z" in rate:
+        p += rate["log_z"]
+    if "entropy" in rate:
+        p -= rate["entropy"] * saved["entropy"]
+    if "sum_squares" in rate:
+        p -= 2 * rate["sum_squares"] * saved["sum_squares"]
+    slopes = {entry.key: rate[entry.key] for entry in plan.entries if entry.key in rate}
+    for entry in plan.entries:
+        if entry.key in slopes:
+            p -= slopes[entry.key] * entry.form.mean_slope(saved[entry.key])
+    p_logp = -rate["entropy"] if "entropy" in rate else None
+    return _Rates(rate.get("logp"), p, p_logp, 2 * rate["sum_squares"] if "sum_squares" in rate else None, slopes)
+
+
+def _gradient(models: Models, rows: slice, columns: slice, weights: Named, saved: Named, rates: _Rates) -> Tensor:
+    """The gradient in `W h + b` for a tile."""
+
+    def factor(of: Tensor) -> Tensor:
+        return of[rows].unsqueeze(-1)
+
+    labels = models.labels[rows]
+    shape = (len(labels), columns.stop - columns.start)
+    logits = models.empty(*shape)
+    models.policy.logits(rows, weights[POLICY], columns, out=logits)
+    logp = _log_probs(logits, saved, POLICY, rows)
+    p = logp.exp()
+    gradient = factor(rates.p) if rates.p_logp is None else (logp * factor(rates.p_logp)).add_(factor(rates.p))
+    if rates.p_squared is not None:
+        gradient = p * factor(rates.p_squared) + gradient
+    gradient = p * gradient
+    ref_logits = models.empty(*shape)
+    for source in models.plan.heads:
+        forms = [(entry, form) for entry, form in models.forms(source) if entry.key in rates.slopes]
+        if forms:
+            models.all[source].logits(rows, weights[source], columns, out=ref_logits)
+            pair = models.pair(logp, _log_probs(ref_logits, saved, source, rows), source)
+            pair.p = p
+        for entry, form in forms:
+            gradient.addcmul_(factor(rates.slopes[entry.key]), form.slope(pair, saved[entry.key][:, rows]))
+    if rates.label is not None:
+        place, inside = place_of(labels, columns.start, shape[1])
+        gradient.scatter_add_(-1, place, factor(rates.label) * inside.unsqueeze(-1))
+    cap_slope = models.policy.cap_slope(logits)
+    return gradient if cap_slope is None else gradient.mul_(cap_slope)
