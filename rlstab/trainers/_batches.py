@@ -91,17 +91,18 @@ def gather_batch(batch: TokenBatch, accelerator: Any) -> TokenBatch:
     if accelerator.num_processes == 1:
         return batch
 
-    def rows(value: Tensor | None, pad: float = 0) -> Tensor | None:
+    def rows(value: Tensor | None) -> Tensor | None:
         if value is None or not value.dim():
             return value
+        sent = value.int() if value.dtype == torch.bool else value  # padding makes numbers of bools, where it pads
         if value.dim() > 1:
-            value = accelerator.pad_across_processes(value.contiguous(), dim=1, pad_index=pad)
-        gathered: Tensor = accelerator.gather(value.contiguous())
-        return gathered
+            sent = accelerator.pad_across_processes(sent.contiguous(), dim=1)
+        gathered: Tensor = accelerator.gather(sent.contiguous())
+        return gathered.to(value.dtype)
 
     return batch.replace(
-        mask=rows(batch.mask.int()),
-        loss_mask=rows(batch.loss_mask.int()),
+        mask=rows(batch.mask),
+        loss_mask=rows(batch.loss_mask),
         logps={k: rows(v) for k, v in batch.logps.items()},
         vocab={k: rows(v) for k, v in batch.vocab.items()},
         parts={k: rows(v) for k, v in batch.parts.items()},

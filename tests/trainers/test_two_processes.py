@@ -1,0 +1,107 @@
+"""Two processes with gloo: groups, counts and statistics go across them, and a resume goes on in both."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from equality import gradient_distance
+from small_runs import assert_same_weights, trainer_of
+from test_equality import differing
+from two_ranks import ROWS, SETTINGS, spread_run
+
+from rlstab.errors import ConfigError
+from rlstab.trainers import latest_checkpoint
+
+HERE = Path(__file__).parent
+SECONDS = 240
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the two processes have left their results."""
+    folder = tmp_path_factory.mktemp("two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE)])}
+    ended = subprocess.run(
+        [*command, str(HERE / "two_ranks.py"), str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(output: Path) -> list[Any]:
+    """The results of both."""
+    found = [torch.load(output / f"results-{rank}.pt", weights_only=False) for rank in (0, 1)]
+    assert [result[name]["processes"] for result in found for name in result] == [2] * 6
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One process with the same completions in one micro-batch."""
+    return spread_run(tmp_path_factory.mktemp("alone"), rows=ROWS, accumulation=1)
+
+
+def test_a_group_was_spread_over_both(ranks: list[Any], alone: Any) -> None:
+    assert [result["spread"]["groups"] for result in ranks] == [[0, 1], [1, 2]]
+    assert alone["groups"] == [0, 1, 2]
+    assert alone["processes"] == 1
+
+
+def test_the_gradient_is_that_of_one_process(ranks: list[Any], alone: Any) -> None:
+    first, second = (result["spread"]["gradients"] for result in ranks)
+    for step in (0, 1):
+        assert gradient_distance(first[step], second[step]) == 0.0
+        assert gradient_distance(first[step], alone["gradients"][step]) <= 1e-6
+
+
+def test_what_is_measured_is_that_of_one_process(ranks: list[Any], alone: Any) -> None:
+    rows = ranks[0]["spread"]["rows"]
+    assert len(rows) == len(alone["rows"]) == 2
+    for ours, theirs in zip(rows, alone["rows"], strict=True):
+        assert ours.keys() == theirs.keys()
+        everywhere = [key for key in theirs if key.startswith(("objective/", "policy/", "mismatch/", "train/reward"))]
+        assert len(everywhere) > 40
+        for key in everywhere:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), key
+    assert 0.0 < rows[0]["objective/policy/conflict_weight/conflict"] < 1.0
+    assert rows[0]["mismatch/unscored"] == 4.0
+    assert rows[1]["objective/covariance/loss"] > 0.0
+    # Each process draws its own positions for the drift, among completions of different lengths.
+    assert rows[0]["drift/initial/kl"] == 0.0
+    assert rows[1]["drift/initial/kl"] > 0.0
+
+
+def test_the_drop_in_equals_the_host(ranks: list[Any]) -> None:
+    for rank, result in enumerate(ranks):
+        ours, theirs = result["host"]["losses"]
+        assert len(theirs) == 6
+        assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-6)
+        assert_same_weights(*result["host"]["weights"])
+        if rank == 0:
+            for mine, hosts in zip(*result["host"]["logs"], strict=True):
+                assert not differing(mine, hosts)
+    assert ranks[0]["host"]["losses"] != ranks[1]["host"]["losses"]
+
+
+def test_both_resume_within_a_generation(ranks: list[Any]) -> None:
+    for result in ranks:
+        assert_same_weights(*result["resumed"]["weights"])
+
+
+def test_one_process_does_not_resume_what_two_have_written(ranks: list[Any], output: Path, tmp_path: Path) -> None:
+    checkpoint = latest_checkpoint(output / "whole")
+    assert checkpoint == output / "whole" / "checkpoint-4"
+    trainer = trainer_of(tmp_path, settings={**SETTINGS, "max_steps": 5})
+    with pytest.raises(ConfigError, match="written by 2 processes and is resumed by 1"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))

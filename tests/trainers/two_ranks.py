@@ -1,0 +1,142 @@
+"""What two processes do in `test_two_processes.py`: one scenario after the other, with the results in files."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from equality import Trace, Tracer, config, digits_reward, prompts, run
+from small_runs import TOKENIZER, run_folder, tiny_policy, trainer_of, weights
+from trl import GRPOTrainer
+
+from rlstab.losses import (
+    KL,
+    ClippedSurrogate,
+    ConflictWeight,
+    GroupNorm,
+    JensenShannon,
+    KLCov,
+    Objective,
+    TopEntropy,
+    TruncatedIS,
+)
+from rlstab.trainers import Signals
+
+SETTINGS: dict[str, Any] = {"gradient_accumulation_steps": 2, "num_iterations": 2, "max_steps": 3}
+ROWS = 12
+# Three prompts of four completions: the second group has two rows on each of two processes.
+SPREAD: dict[str, Any] = {
+    "num_generations": 4,
+    "num_iterations": 2,
+    "max_steps": 2,
+    "optim": "sgd",
+    "learning_rate": 1.0,
+}
+
+
+def every_phase() -> Objective:
+    """Rollout parts, step statistics, references and a sampler correction, with means over the step."""
+    return Objective(
+        policy=ClippedSurrogate(weights=(ConflictWeight(), TruncatedIS(max=1.1), TopEntropy(fraction=0.6))),
+        covariance=0.5 * KLCov(fraction=0.1),
+        drift=0.1 * JensenShannon(reference="initial").mean("sequence"),
+        pull=0.1 * KL(reference="initial").mean(8),
+        advantage=GroupNorm(),
+    )
+
+
+def known_completions(prompts: list[str], trainer: Any) -> dict[str, Any]:
+    """Completions and log-probs that the place of a row among all rows decides, longer on later processes."""
+    first = trainer.accelerator.process_index * len(prompts)
+    completion_ids, logprobs = [], []
+    for row in range(first, first + len(prompts)):
+        generator = torch.Generator().manual_seed(row)
+        ids = torch.randint(4, 14, (3 + row // 2,), generator=generator)
+        ids[0] = 5  # a beginning that all completions share
+        completion_ids.append([*ids.tolist(), TOKENIZER.eos_token_id])
+        scores: list[float | None] = (-2.8 + 0.2 * torch.randn(len(ids) + 1, generator=generator)).tolist()
+        logprobs.append([None if t == 1 and row % 3 == 0 else score for t, score in enumerate(scores)])
+    return {"prompt_ids": TOKENIZER(prompts)["input_ids"], "completion_ids": completion_ids, "logprobs": logprobs}
+
+
+def spread_run(output: Path, *, rows: int, accumulation: int) -> dict[str, Any]:
+    """Two updates on known completions: gradients, rows of the run folder, and how many processes there were."""
+    settings = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation, **SPREAD}
+    folder = run_folder(output / "spread") if os.environ.get("RANK", "0") == "0" else None
+    trainer = trainer_of(
+        output / "spread-output",
+        every_phase(),
+        settings=settings,
+        rollout_func=known_completions,
+        signals=Signals(drift_every=1),
+        run=folder,
+    )
+    trace = Trace()
+    trainer.add_callback(Tracer(trace))
+    trainer.train()
+    gradients = [
+        {name.removeprefix("module."): gradient for name, gradient in step.items()} for step in trace.gradients
+    ]
+    measured = [dict(row.values) for row in folder.metrics().rows] if folder else []
+    processes = trainer.accelerator.num_processes
+    return {"processes": processes, "gradients": gradients, "rows": measured, "groups": groups_of(trainer)}
+
+
+def groups_of(trainer: Any) -> list[int]:
+    """The prompts that this process holds completions of."""
+    ids = torch.cat([inputs["rlstab_group"] for inputs in trainer._buffered_inputs])
+    return sorted(set(ids.tolist()))
+
+
+def beside_the_host(output: Path) -> dict[str, Any]:
+    """The host and the drop-in on the same seed."""
+    settings = {**SETTINGS, "loss_type": "dapo"}
+    host = GRPOTrainer(
+        tiny_policy(),
+        digits_reward,
+        config(output / "host", **settings),
+        train_dataset=prompts(),
+        processing_class=TOKENIZER,
+    )
+    theirs = run(host)
+    ours = run(trainer_of(output / "ours", settings=settings))
+    return {
+        "processes": host.accelerator.num_processes,
+        "losses": (ours.losses, theirs.losses),
+        "weights": (ours.weights, theirs.weights),
+        "logs": (ours.logs, theirs.logs),
+    }
+
+
+def stopped_and_resumed(output: Path) -> dict[str, Any]:
+    """A whole run, and one that resumes within a generation."""
+    settings = {**SETTINGS, "max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+    whole = trainer_of(output / "whole", settings=settings)
+    whole.train()
+    resumed = trainer_of(output / "resumed", settings=settings)
+    resumed.train(resume_from_checkpoint=str(output / "whole" / "checkpoint-1"))
+    return {"processes": whole.accelerator.num_processes, "weights": (weights(resumed), weights(whole))}
+
+
+def main() -> None:
+    """Run every scenario; each process writes its own results."""
+    torch.set_num_threads(1)
+    # With several processes transformers loads the optimizer to `cpu:0`, a place that torch knows as `cpu` only.
+    torch.serialization.register_package(
+        0, lambda _: None, lambda storage, place: storage if place == "cpu:0" else None
+    )
+    output = Path(sys.argv[1])
+    results = {
+        "spread": spread_run(output, rows=ROWS // 4, accumulation=2),
+        "host": beside_the_host(output),
+        "resumed": stopped_and_resumed(output),
+    }
+    torch.save(results, output / f"results-{torch.distributed.get_rank()}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
