@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -122,7 +123,7 @@ def _conclude(folder: RunFolder, interrupted: bool, console: Console) -> None:
             f"{checkpoint} holds the state" if checkpoint else "no checkpoint was reached, a resumed run starts anew"
         )
         console.print(f"interrupted; {state}", highlight=False, soft_wrap=True)
-        console.print(f"go on with: rlstab train {folder.config_path} --resume", highlight=False, soft_wrap=True)
+        console.print(f"go on with: rlstab train {quote(str(folder.config_path))} --resume", highlight=False, soft_wrap=True)
         return
     print_summary(folder, console)
     console.print(f"report:      {folder.report}", highlight=False, soft_wrap=True)
@@ -277,5 +278,6 @@ def _host_errors() -> Iterator[None]:
 
 
 def _output(read: ReadRecipe) -> Path:
-    assert read.recipe.output is not None
+    if read.recipe.output is None:
+        raise RecipeError("output: a run needs its folder; expected a path, got None")
     return read.recipe.output
