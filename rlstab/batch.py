@@ -246,6 +246,16 @@ class TokenBatch:
             self._memory[key] = compute(self)
         return self._memory[key]
 
+    @property
+    def row_tokens(self) -> Float[Tensor, "B"]:
+        """How many tokens of the loss each row has."""
+        return self.once("row_tokens", lambda batch: batch.token_weight.sum(-1))
+
+    @property
+    def tokens(self) -> Float[Tensor, ""]:
+        """How many tokens of the loss there are."""
+        return self.once("tokens", lambda batch: batch.row_tokens.sum())
+
     def token_advantages(self) -> Float[Tensor, "B T"]:
         """Advantages with a token axis: `[B, T]`, or `[B, 1]` where there is one per row."""
         advantages = self.column("advantages")
@@ -255,7 +265,7 @@ class TokenBatch:
         """Loss tokens and rows of the scope `over`; those of this batch where the trainer gave none."""
         if over in self.counts:
             return self.counts[over]
-        return Count(tokens=self.loss_mask.sum(), sequences=float(self.mask.shape[0]))
+        return Count(tokens=self.tokens, sequences=float(self.mask.shape[0]))
 
     def replace(self, **changes: object) -> TokenBatch:
         """A copy with some fields changed, and cleaned anew if that may be needed."""

@@ -64,7 +64,7 @@ class Mean:
         if self.unit == "token":
             return masked.sum() / _or_one(count.tokens)
         if self.unit == "sequence":
-            return (masked.sum(-1) / batch.token_weight.sum(-1).clamp(min=1)).sum() / _or_one(count.sequences)
+            return (masked.sum(-1) / batch.row_tokens.clamp(min=1)).sum() / _or_one(count.sequences)
         return masked.sum() / (_or_one(count.sequences) * self.unit)
 
 

@@ -8,7 +8,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-COLUMNS = ("tokens", "unscored", "k1", "k3", "max_abs", "weight", "weight_squared", "outside", "log_weight", "sequences")
+COLUMNS = (
+    "tokens",
+    "unscored",
+    "k1",
+    "k3",
+    "max_abs",
+    "weight",
+    "weight_squared",
+    "outside",
+    "log_weight",
+    "sequences",
+)
 
 
 def clustered_mean(
@@ -38,7 +49,9 @@ def clustered_mean(
     return mean, _cluster_error(residual, count, group)
 
 
-def _cluster_error(residual: Float[Tensor, "N"], count: Float[Tensor, ""], group: Int[Tensor, "N"]) -> Float[Tensor, ""]:
+def _cluster_error(
+    residual: Float[Tensor, "N"], count: Float[Tensor, ""], group: Int[Tensor, "N"]
+) -> Float[Tensor, ""]:
     index = group.unique(return_inverse=True)[1]
     per_group = torch.zeros_like(residual).index_add(0, index, residual)
     return per_group.square().sum().sqrt() / count

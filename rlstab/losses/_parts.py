@@ -5,7 +5,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 from torch import Tensor
 
@@ -15,6 +15,12 @@ from rlstab.batch import Requirement, TokenBatch
 @dataclass(frozen=True, kw_only=True)
 class Part(ABC):
     """A piece of an objective, immutable and told apart by its fields."""
+
+    _metric_name: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._metric_name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
 
     @property
     def requires(self) -> frozenset[Requirement]:
@@ -48,7 +54,7 @@ def part_name(part: Part) -> str:
     >>> part_name(TruncatedIS(max=2.0))
     'truncated_is'
     """
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(part).__name__).lower()
+    return part._metric_name
 
 
 @dataclass(frozen=True, kw_only=True)

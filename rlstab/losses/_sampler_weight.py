@@ -12,7 +12,7 @@ from torch import Tensor
 from rlstab.batch import LogProbs, Requirement, TokenBatch
 from rlstab.errors import ConfigError
 from rlstab.losses._checks import check_bounds, check_choice, check_positive
-from rlstab.losses._metrics import Metric, Sum, Total, mask_like, masked_max, masked_min
+from rlstab.losses._metrics import Max, Metric, Sum, Total, mask_like, masked_max, masked_min
 from rlstab.losses._parts import part_name
 from rlstab.losses._ratio import ratio_of
 from rlstab.losses._weight import Factor, Weight
@@ -57,16 +57,20 @@ class SamplerWeight(Weight):
 
     def scored(self, batch: TokenBatch) -> Bool[Tensor, "B T"]:
         """Positions where the engine left no NaN."""
-        return ~batch.logp("sampler").isnan()
+        return batch.once("scored", lambda batch: ~batch.logp("sampler").isnan())
+
+    def counted(self, batch: TokenBatch) -> Bool[Tensor, "B T"]:
+        """Tokens of the loss that have a score."""
+        return batch.once("counted", lambda batch: batch.loss_mask & self.scored(batch))
 
     def unscored_tokens(self, batch: TokenBatch) -> Total:
         """How many tokens of the loss have no score."""
-        return Total((batch.loss_mask & ~self.scored(batch)).sum())
+        return Total(batch.tokens - self.counted(batch).sum())
 
     def log_rho(self, batch: TokenBatch) -> Float[Tensor, "B T"]:
         """The raw log-ratio; 0 outside the loss and where there is no score."""
         log_rho = batch.logp("old") - batch.logp("sampler")
-        return torch.where(batch.loss_mask & self.scored(batch), log_rho, 0.0)
+        return torch.where(self.counted(batch), log_rho, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,11 +106,12 @@ class SamplerCorrection(SamplerWeight):
         """The corrected ratio per token or per row."""
         rho = self.rho(batch)
         weight = self.correct(rho)
-        mask = mask_like(rho, batch.loss_mask & self.scored(batch))
-        count, name = mask.sum(), part_name(self)
+        mask, name = mask_like(rho, self.counted(batch)), part_name(self)
+        ones = mask.to(rho.dtype)
+        count = ones.sum()
         return weight, {
-            **_spread(f"{name}/raw_", rho, mask, count),
-            **_spread(f"{name}/", weight, mask, count),
+            **_spread(f"{name}/raw_", rho, mask, ones, count),
+            **_spread(f"{name}/", weight, mask, ones, count),
             f"{name}/changed": Sum((mask & (weight != rho)).sum(), count),
             "unscored": self.unscored_tokens(batch),
         }
@@ -213,7 +218,7 @@ class GeometricRejection(SamplerWeight):
 
     def weigh(self, batch: TokenBatch) -> tuple[Float[Tensor, "B 1"], dict[str, Metric]]:
         """1 or 0 per row."""
-        counted = batch.loss_mask & self.scored(batch)
+        counted = self.counted(batch)
         mean = self.log_rho(batch).sum(-1, keepdim=True) / counted.sum(-1, keepdim=True).clamp(min=1)
         keep = ((mean >= math.log(self.low)) & (mean <= math.log(self.high))).to(mean.dtype)
         rows, geometric = counted.any(-1, keepdim=True), ratio_of(mean)
@@ -256,7 +261,7 @@ class Veto(SamplerWeight):
     def weigh(self, batch: TokenBatch) -> tuple[Float[Tensor, "B 1"], dict[str, Metric]]:
         """1 or 0 per row."""
         log_rho = self.log_rho(batch)
-        counted = batch.loss_mask & self.scored(batch)
+        counted = self.counted(batch)
         keep = (counted & (log_rho < math.log(self.threshold))).any(-1, keepdim=True).logical_not().to(log_rho.dtype)
         rows = counted.any(-1, keepdim=True)
         return keep, {
@@ -266,9 +271,10 @@ class Veto(SamplerWeight):
         }
 
 
-def _spread(prefix: str, values: Tensor, mask: Tensor, count: Tensor) -> dict[str, Metric]:
+def _spread(prefix: str, ratios: Tensor, mask: Tensor, ones: Tensor, count: Tensor) -> dict[str, Metric]:
+    counted = ratios * ones
     return {
-        f"{prefix}mean": Sum((values * mask).sum(), count),
-        f"{prefix}min": masked_min(values, mask),
-        f"{prefix}max": masked_max(values, mask),
+        f"{prefix}mean": Sum(counted.sum(), count),
+        f"{prefix}min": masked_min(ratios, mask),
+        f"{prefix}max": Max(counted.amax()),
     }

@@ -141,7 +141,8 @@ def clip_metrics(
     region, rows = count_per_row(stopped, batch)
     above = region * rising.squeeze(-1) if rising.shape[-1] == 1 else count_per_row(stopped & rising, batch)[0]
     below = region - above
-    total, below_total, above_total = rows.sum(), below.sum(), above.sum()
+    below_total, above_total = below.sum(), above.sum()
+    total = batch.tokens if stopped.shape == batch.shape else rows.sum()
     return {
         "clip_low": Sum(below_total, total),
         "clip_high": Sum(above_total, total),
@@ -153,12 +154,13 @@ def clip_metrics(
 
 def clip_share(clipped: Bool[Tensor, "B #T"], batch: TokenBatch) -> Sum:
     """The share of the tokens, or of the rows, that are clipped."""
-    counts, rows = count_per_row(clipped, batch)
-    return Sum(counts.sum(), rows.sum())
+    if clipped.shape == batch.shape:
+        return Sum((clipped & batch.loss_mask).sum(), batch.tokens)
+    return Sum(clipped.sum(), torch.ones_like(clipped).sum())
 
 
 def count_per_row(flags: Bool[Tensor, "B #T"], batch: TokenBatch) -> tuple[Num[Tensor, "B"], Float[Tensor, "B"]]:
     """How many flags of each row are set, and how many values it has: its tokens, or 1 for one value per row."""
     if flags.shape == batch.shape:
-        return (flags & batch.loss_mask).sum(-1), batch.token_weight.sum(-1)
+        return (flags & batch.loss_mask).sum(-1), batch.row_tokens
     return flags.sum(-1), batch.token_weight.new_ones(flags.shape[0])

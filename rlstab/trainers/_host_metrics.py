@@ -18,8 +18,8 @@ from rlstab.losses import (
     Metric,
     Objective,
     ObjectiveLoss,
+    Sum,
     Total,
-    token_mean,
 )
 
 __all__ = ["entropy_coefficients", "host_keys", "host_values", "measured"]
@@ -49,7 +49,7 @@ def measured(result: ObjectiveLoss, batch: TokenBatch, ranks: int) -> dict[str, 
     for name, report in result.terms.items():
         metrics[f"objective/{name}/loss"] = share(report.loss)
         metrics |= {f"objective/{name}/{key}": metric for key, metric in report.metrics.items()}
-    metrics["policy/entropy"] = token_mean(batch.statistic("entropy"), batch.token_weight)
+    metrics["policy/entropy"] = Sum(batch.statistic("entropy").detach().sum(), batch.tokens)
     return metrics
 
 
