@@ -123,7 +123,8 @@ def _conclude(folder: RunFolder, interrupted: bool, console: Console) -> None:
             f"{checkpoint} holds the state" if checkpoint else "no checkpoint was reached, a resumed run starts anew"
         )
         console.print(f"interrupted; {state}", highlight=False, soft_wrap=True)
-        console.print(f"go on with: rlstab train {quote(str(folder.config_path))} --resume", highlight=False, soft_wrap=True)
+        command = f"rlstab train {quote(str(folder.config_path))} --resume"
+        console.print(f"go on with: {command}", highlight=False, soft_wrap=True)
         return
     print_summary(folder, console)
     console.print(f"report:      {folder.report}", highlight=False, soft_wrap=True)
