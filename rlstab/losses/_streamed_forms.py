@@ -36,6 +36,7 @@ from rlstab.losses._divergences import (
     SoftenedKL,
 )
 from rlstab.losses._exact import CauchySchwarz
+from rlstab.losses._streamed_head import is_impossible
 
 NEAR_AN_END = 0.05  # mixtures with a smaller share lose digits here
 NEAR_ONE = 0.1  # likewise powers this close to 1
@@ -149,7 +150,8 @@ class Estimated(FForm):
 
     def both(self, pair: Pair) -> tuple[Tile, Tile]:
         """As `Divergence.estimate`."""
-        value, slope = self.generator.estimate(pair.logp, pair.ref_logp)
+        logps = (x.masked_fill(is_impossible(x), -torch.inf) for x in (pair.logp, pair.ref_logp))
+        value, slope = self.generator.estimate(*logps)
         return value, bounded(slope)
 
 
@@ -284,7 +286,7 @@ class Overlap(Form):
         ours, theirs, projected, apart, log_product = sums
         both = ours + theirs
         near = torch.log1p(-(((2 * projected - apart) / both) ** 2)) - 2 * torch.log1p(-apart / both)
-        far = ours.log() + theirs.log() - 2 * log_product
+        far = ours.log() + theirs.log() - 2 * log_product.masked_fill(is_impossible(log_product), -torch.inf)
         return torch.where(apart < both / 2, near, far).clamp(min=0)
 
     def mean_slope(self, sums: Float[Tensor, "5 N"]) -> Rows:
@@ -294,7 +296,7 @@ class Overlap(Form):
     def slope(self, pair: Pair, sums: Float[Tensor, "5 N"]) -> Tile:
         r"""$2 \pi_v (\pi_v / A - \text{ref}_v / C)$, written with $\pi_v - \text{ref}_v$ and $A - C$."""
         ours, _, projected, _, log_product = sums.unsqueeze(-1)
-        shared = torch.where(log_product == -torch.inf, 0.0, log_product)  # nothing in common: no gradient of C
+        shared = log_product.masked_fill(is_impossible(log_product), 0.0)  # nothing in common: no gradient of C
         product = (pair.logp + pair.ref_logp).sub_(shared).exp_().mul_(projected)
         return (pair.p * pair.gap).sub_(product).mul_(2 / ours)
 

@@ -93,7 +93,7 @@ def slices(size: int, step: int) -> Iterator[slice]:
 def product(into: Tensor, left: Tensor, right: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> None:
     """`into = beta * into + alpha * left @ right`, summed in the dtype of `into` whatever that of the factors."""
     if left.dtype == into.dtype:
-        into.addmm_(left, right, beta=beta, alpha=alpha)
+        torch.addmm(into, left, right, beta=beta, alpha=alpha, out=into)
     else:
         torch.addmm(into, left, right, out_dtype=into.dtype, beta=beta, alpha=alpha, out=into)
 

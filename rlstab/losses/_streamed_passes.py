@@ -17,7 +17,6 @@ from rlstab.losses._streamed_head import (
     Normalizer,
     Projection,
     Tiling,
-    is_impossible,
     log_probs,
     place_of,
     product,
@@ -102,20 +101,11 @@ class Models:
                 tiles[id(model.head.weight)] = model.weight(columns)
         return {name: tiles[id(model.head.weight)] for name, model in self.all.items()}
 
-    def pair(self, logp: Tensor, ref_logp: Tensor, source: str) -> Pair:
-        """The two distributions, where an excluded token has a log-prob of `-inf` again."""
-        if self._excludes(source):
-            logp, ref_logp = (x.masked_fill(is_impossible(x), -torch.inf) for x in (logp, ref_logp))
-        return Pair(logp, ref_logp)
-
     def forms(self, source: str) -> list[tuple[Entry, Form]]:
         """Divergences from this reference, and how to sum them."""
-        careful = self._excludes(source)
+        careful = self.policy.excludes or self.all[source].excludes
         entries = (entry for entry in self.plan.entries if entry.source == source)
         return [(entry, entry.careful if careful else entry.form) for entry in entries]
-
-    def _excludes(self, source: str) -> bool:
-        return self.policy.excludes or self.all[source].excludes
 
 
 # -------------------------------------------------------------------- forward
@@ -168,7 +158,7 @@ def _sums(models: Models, tile: Tiling, stripes: Named, saved: Named) -> Named:
     for columns in slices(models.vocabulary, tile.columns):
         logp = _log_probs(stripes[POLICY][:, columns], saved, POLICY)
         for source in models.plan.heads:
-            pair = models.pair(logp, _log_probs(stripes[source][:, columns], saved, source), source)
+            pair = Pair(logp, _log_probs(stripes[source][:, columns], saved, source))
             for entry, form in models.forms(source):
                 sums = form.sums(pair)
                 totals[entry.key] = form.merge(totals[entry.key], sums) if entry.key in totals else sums
@@ -266,7 +256,7 @@ def _gradient(models: Models, rows: slice, columns: slice, weights: Named, saved
         forms = [(entry, form) for entry, form in models.forms(source) if entry.key in rates.slopes]
         if forms:
             models.all[source].logits(rows, weights[source], columns, out=ref_logits)
-            pair = models.pair(logp, _log_probs(ref_logits, saved, source, rows), source)
+            pair = Pair(logp, _log_probs(ref_logits, saved, source, rows))
             pair.p = p
         for entry, form in forms:
             gradient.addcmul_(factor(rates.slopes[entry.key]), form.slope(pair, saved[entry.key][:, rows]))
