@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -131,12 +131,15 @@ def host_loss_arguments(args: GRPOConfig, *, beta: float, ours: bool) -> Iterato
         args.__dict__.update(before)
 
 
-def by_name(positional: tuple[Any, ...]) -> dict[str, Any]:
-    """The host's arguments that were given by position after `args`, by their names."""
+def by_name(positional: tuple[Any, ...], keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """The host's arguments by their names, those that were given by position after `args` too."""
     names = list(inspect.signature(GRPOTrainer.__init__).parameters)[4:]
     if len(positional) > len(names):
         raise TypeError(f"StableGRPOTrainer takes at most {3 + len(names)} positional arguments")
-    return dict(zip(names, positional, strict=False))
+    twice = sorted(set(names[: len(positional)]) & set(keywords))
+    if twice:
+        raise TypeError(f"StableGRPOTrainer got {twice} by position and by keyword")
+    return dict(zip(names, positional, strict=False)) | dict(keywords)
 
 
 def default_output_dir(model: str | nn.Module) -> str:
@@ -151,6 +154,12 @@ def resolve(
     """The objective and the advantage to train with, and a refusal of host arguments that would contradict them."""
     if isinstance(objective, Term):
         objective = Objective({term_name(objective): objective})
+    if not isinstance(objective, Objective | None):
+        raise ConfigError(
+            f"objective: expected an Objective, a term or None, got {objective!r} (a preset is called: presets.dapo())"
+        )
+    if not isinstance(advantage, RolloutPart | None):
+        raise ConfigError(f"advantage: expected a rollout part such as GroupNorm(), or None, got {advantage!r}")
     if objective is None:
         objective = presets.from_config(args)
     else:

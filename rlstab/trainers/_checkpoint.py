@@ -144,15 +144,29 @@ def capture(trainer: Any) -> TrainerState:
         "metrics": {key: list(numbers) for key, numbers in trainer._metrics["train"].items()},
         "recorder": trainer._recorder.state_dict(),
         "skipped": sorted(trainer._skipped),
+        "schedule": _schedule(trainer),
     }
     return TrainerState(values=values, buffer=trainer._buffered_inputs, tensors=tensors)
+
+
+def _schedule(trainer: Any) -> dict[str, Any]:
+    """What the rollouts in use were dealt out by, and what they carry."""
+    args = trainer.args
+    return {
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "steps_per_generation": args.steps_per_generation,
+        "num_iterations": args.num_iterations,
+        "num_generations": args.num_generations,
+        "requirements of the objective": sorted(str(need) for need in trainer._needs),
+    }
 
 
 def restore(trainer: Any, checkpoint: str) -> None:
     """Put a trainer back to where `capture` found it; a checkpoint of the host alone gives a warning.
 
     Raises:
-        ConfigError: if as many processes as wrote the checkpoint are not there.
+        ConfigError: if processes, schedule or what the objective reads are not those that wrote the checkpoint.
         RecordError: if its files cannot be read.
     """
     processes = written_by(checkpoint)
@@ -165,6 +179,13 @@ def restore(trainer: Any, checkpoint: str) -> None:
             f"{trainer.accelerator.num_processes}: the rollouts in use cannot be dealt out anew, resume with as many"
         )
     state = load_state(checkpoint, trainer.accelerator.process_index, trainer.accelerator.device)
+    changed = {key: value for key, value in _schedule(trainer).items() if state.values["schedule"].get(key) != value}
+    if changed:
+        key, value = next(iter(changed.items()))
+        raise ConfigError(
+            f"{key}: {checkpoint} was written with {state.values['schedule'].get(key)!r}, this run has {value!r}: the "
+            "rollouts in use do not fit; resume with the same, or start a new run from the checkpoint's model"
+        )
     trainer._step = state.values["micro_step"]
     trainer._total_train_tokens = state.values["total_train_tokens"]
     trainer._buffered_inputs = state.buffer

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,7 +13,7 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
-from rlstab.batch import Column, Count, ExactDivergence, LogProbs, Requirement, TokenBatch, VocabStat
+from rlstab.batch import Count, ExactDivergence, LogProbs, Requirement, TokenBatch, VocabStat
 from rlstab.errors import ConfigError
 from rlstab.losses import (
     Objective,
@@ -26,7 +28,7 @@ from rlstab.losses import (
 )
 from rlstab.record import RunFolder
 from rlstab.rollouts import Engine
-from rlstab.trainers import _arguments, _batches, _checkpoint, _host_metrics, _signals
+from rlstab.trainers import _arguments, _batches, _checkpoint, _host_metrics, _signals, _supply
 from rlstab.trainers._generation import EngineFactory, Generation
 from rlstab.trainers._host import GRPOConfig, GRPOTrainer, disable_gradient_checkpointing
 from rlstab.trainers._log import MetricLog, Numbers, merged
@@ -43,8 +45,6 @@ OF_POLICY = {
     "clip_high": "policy/clip_fraction_high",
     "ratio_max": "policy/ratio_max",
 }
-REFERENCES = {"initial", "moving"}
-SUPPLIED_SOURCES = {"policy", "old", "sampler"} | REFERENCES
 
 
 class StableGRPOTrainer(GRPOTrainer):
@@ -102,7 +102,8 @@ class StableGRPOTrainer(GRPOTrainer):
         engine: Engine | EngineFactory | None = None,
         **host: Any,
     ) -> None:
-        host = _arguments.by_name(others) | host
+        _supply.check_types(model, signals, run, engine)
+        host = _arguments.by_name(others, host)
         args = args if args is not None else GRPOConfig(_arguments.default_output_dir(model))
         self.signals = signals or _signals.OFF
         self.objective, self.advantage = _arguments.resolve(objective, advantage, args)
@@ -111,7 +112,9 @@ class StableGRPOTrainer(GRPOTrainer):
         peft = host.get("peft_config") is not None or (not isinstance(model, str) and is_peft_model(model))
         self._exact = [need for need in self._needs if isinstance(need, ExactDivergence)]
         watched = {"initial"} if self.signals.drift else set()
-        self._references = References(self._reference_sources(args, peft), watched, model, peft=peft)
+        self._references = References(
+            _supply.reference_sources(self._needs, args, peft=peft), watched, model, peft=peft
+        )
         copy_adapter = peft and bool(self._references.sources)
         with _arguments.host_loss_arguments(args, beta=1.0 if copy_adapter else 0.0, ours=objective is not None):
             super().__init__(model, reward_funcs, args, **host)
@@ -126,7 +129,12 @@ class StableGRPOTrainer(GRPOTrainer):
                 )
         self._references.prepare(self, model)
         self._generation = Generation(self, engine) if engine is not None else None
-        self._check_supply()
+        if self.signals.drift and not self.scores_positions:
+            self.report_skipped(
+                "drift/initial/kl", "drift is scored for text models whose forward takes logits_to_keep"
+            )
+            self.signals = replace(self.signals, drift=False)
+        _supply.check_supply(self)
         if objective is not None:
             _arguments.notice_inert_parts(self.objective, args)
         self._host_keys = _host_metrics.host_keys(self.objective)
@@ -150,58 +158,18 @@ class StableGRPOTrainer(GRPOTrainer):
         parts = prepared_parts(needs, RolloutPart) + prepared_parts(needs, StepStatistic)
         return needs | {need for part in parts for need in part.requires}
 
-    def _reference_sources(self, args: GRPOConfig, peft: bool) -> set[str]:
-        sources = {need.source for need in self._needs if isinstance(need, LogProbs)}
-        without_logits = sorted({need.source for need in self._exact} - REFERENCES)
-        if without_logits:
-            raise ConfigError(
-                f"an exact divergence from {without_logits} needs a model to run: expected a reference among "
-                f"{sorted(REFERENCES)}"
-            )
-        sources |= {need.source for need in self._exact}
-        unknown = sorted(sources - SUPPLIED_SOURCES)
-        if unknown:
-            raise ConfigError(
-                f"the objective reads log-probs of {unknown}, which this trainer does not supply: expected among "
-                f"{sorted(SUPPLIED_SOURCES)}"
-            )
-        if "moving" in sources and not args.sync_ref_model:
-            raise ConfigError(
-                "a term compares with the reference 'moving', but args.sync_ref_model=False leaves it where it starts: "
-                "set sync_ref_model=True (with ref_model_sync_steps and ref_model_mixup_alpha), or use 'initial'"
-            )
-        if "moving" in sources and peft:
-            raise ConfigError(
-                "the reference 'moving' needs a copy of the whole policy, which a PEFT run does not keep: use "
-                "'initial' (the adapter switched off), or train all weights"
-            )
-        if "moving" not in sources and args.sync_ref_model:
-            raise ConfigError(
-                "args.sync_ref_model=True moves the reference 'moving', but nothing compares with it: leave it at "
-                "False, or add a term such as 0.05 * ReverseKL(reference='moving') (without an objective: set beta)"
-            )
-        return sources & REFERENCES
-
-    def _check_supply(self) -> None:
-        elsewhere = {name: term.rows for name, term in self.objective.terms.items() if term.rows != "rollout"}
-        if elsewhere:
-            raise ConfigError(
-                f"terms act on rows that this trainer does not have: {elsewhere}; expected rows='rollout' (other rows "
-                "need a training loop of your own, which passes a TokenBatch for each)"
-            )
-        if Column("baseline") in self._needs:
-            raise ConfigError(
-                "the advantage reads a baseline per completion (for ReMax, the reward of a greedy one), which this "
-                "trainer does not produce: use GroupCenter() or LeaveOneOut(), or fill the column in your own trainer"
-            )
+    @property
+    def returns_log_probs(self) -> bool:
+        """Whether generation can return the sampler's log-probs."""
         own_generation = type(self)._generate_single_turn is not StableGRPOTrainer._generate_single_turn
-        returns_logps = self.use_vllm or self.rollout_func or self._generation or own_generation
-        if LogProbs("sampler") in self._needs and not returns_logps:
-            raise ConfigError(
-                "the objective reads the sampler's log-probs, but generation with transformers returns none: pass "
-                "engine=TransformersEngine, set use_vllm=True, pass a rollout_func that returns 'logprobs', or drop "
-                "the part that needs them"
-            )
+        return bool(self.use_vllm or self.rollout_func or self._generation or own_generation)
+
+    @property
+    def scores_positions(self) -> bool:
+        """Whether logits at chosen positions can be had: a text model whose forward knows `logits_to_keep`."""
+        policy = self.accelerator.unwrap_model(self.model)
+        forward = type(policy.get_base_model() if is_peft_model(policy) else policy).forward
+        return not self._is_vlm and "logits_to_keep" in inspect.signature(forward).parameters
 
     # ------------------------------------------------------------------ phase 1: a whole generation
 
@@ -224,6 +192,11 @@ class StableGRPOTrainer(GRPOTrainer):
         everywhere = rows * self.accelerator.num_processes
         # Counted on from generation to generation: two of them may fall into one optimizer step.
         ids = self._step * everywhere + torch.arange(everywhere, device=self.accelerator.device) // size
+        if LogProbs("sampler") in self._needs and "sampling_per_token_logps" not in output:
+            raise ConfigError(
+                "the objective reads the sampler's log-probs, but the generation returned None for them: return "
+                "'logprobs' from rollout_func, one list per completion, or drop the part that needs them"
+            )
         output["rlstab_group"] = _batches.own_rows(ids, self.accelerator, rows, 0)
         output["rlstab_rewards"] = _batches.own_rows(self._total_rewards(), self.accelerator, rows, 0)
         output["rlstab_truncated"] = self._truncated
@@ -311,6 +284,14 @@ class StableGRPOTrainer(GRPOTrainer):
             self._open_step(self._buffered_inputs[first : first + accumulation])
         return inputs
 
+    def _window(self) -> list[dict[str, Any]]:
+        """The micro-batches of the step that closes; only the last one where a step spans two generations."""
+        accumulation, generation = self.args.gradient_accumulation_steps, self.args.steps_per_generation
+        last = (self._step - 1) % generation
+        first = last - accumulation + 1 if generation % accumulation == 0 else last
+        window: list[dict[str, Any]] = self._buffered_inputs[first : last + 1]
+        return window
+
     def _open_step(self, window: list[dict[str, Any]]) -> None:
         tokens = torch.stack([_batches.completion_masks(batch)[1].sum() for batch in window]).sum()
         if self.accelerator.num_processes > 1:
@@ -340,12 +321,20 @@ class StableGRPOTrainer(GRPOTrainer):
     def _detached_pass(self, inputs: Mapping[str, Any], needs: set[Requirement]) -> dict[str, Any]:
         if not needs & {LogProbs("policy"), VocabStat("entropy")}:
             return {}
+        if VocabStat("entropy") not in needs and self._fresh and "old_per_token_logps" in inputs:
+            return {"logps": {"policy": inputs["old_per_token_logps"]}}
         chunk = self.args.per_device_train_batch_size
         with torch.no_grad(), self._without_checkpointing():
             logps, entropies, _ = self._get_per_token_logps_and_entropies(
                 self.model, **_batches.model_inputs(inputs), batch_size=chunk, compute_entropy=True
             )
         return {"logps": {"policy": logps}, "vocab": {"entropy": entropies}}
+
+    @property
+    def _fresh(self) -> bool:
+        """Whether the policy is still the one that made the completions, so that the old log-probs are its own."""
+        updates = self.args.steps_per_generation * self.num_iterations
+        return bool(self.model.training and self._step % updates < self.args.gradient_accumulation_steps)
 
     def _without_checkpointing(self) -> Any:
         return disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
@@ -378,10 +367,6 @@ class StableGRPOTrainer(GRPOTrainer):
         self, model: nn.Module, inputs: Mapping[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """Log-probs, entropy and exact divergences from one pass that keeps the logits of the micro-batch."""
-        if "pixel_values" in inputs:
-            raise ConfigError(
-                f"{self._exact[0].key}: exact divergences are not computed for image inputs: use form='sampled'"
-            )
         call = _batches.model_inputs(inputs)
         call["logits_to_keep"] += 1
         extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
@@ -394,7 +379,7 @@ class StableGRPOTrainer(GRPOTrainer):
         exact = exact_statistics(self._exact, logits, ref_logits, temperature=self.temperature)
         log_probs = (logits.float() / self.temperature).log_softmax(-1)
         logps = log_probs.gather(-1, inputs["completion_ids"].unsqueeze(-1)).squeeze(-1)
-        entropy = torch.special.entr(log_probs.exp()).sum(-1)
+        entropy = -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1)
         return logps, {"entropy": entropy, **exact}, output.aux_loss if self.aux_loss_enabled else None
 
     def _accumulation(self) -> float:
@@ -403,9 +388,11 @@ class StableGRPOTrainer(GRPOTrainer):
     def _counts(self, inputs: Mapping[str, Any]) -> dict[str, Count]:
         rows, accumulation = inputs["completion_ids"].size(0), self._accumulation()
         ranks = self.accelerator.num_processes
-        generation = self.args.steps_per_generation if self.model.training else 1
-        of_generation = inputs["num_items_in_batch"].clamp(min=1) / ranks * accumulation / generation
-        counts = {"generation": Count(of_generation, rows * accumulation)}
+        counts: dict[str, Count] = {}
+        if "generation" in self._scopes or not self.model.training:
+            windows = self.args.steps_per_generation if self.model.training else 1
+            tokens = inputs["num_items_in_batch"].clamp(min=1) / ranks * accumulation / windows
+            counts["generation"] = Count(tokens, rows * accumulation)
         if "micro_batch" in self._scopes:
             _, loss_mask = _batches.completion_masks(inputs)
             counts["micro_batch"] = Count(loss_mask.sum() * accumulation, rows * accumulation)
@@ -423,7 +410,11 @@ class StableGRPOTrainer(GRPOTrainer):
         if not self.model.training:
             evaluation = MetricLog(self.accelerator)
             evaluation.add(metrics)
-            self._log_as_host(evaluation.collect())
+            of_batch = evaluation.collect()
+            self._log_as_host(of_batch)
+            for key, numbers in of_batch[0].items():
+                if key.startswith("objective/"):
+                    self._host_log(key, numbers.value)
             return
         self._log_of_step.add(metrics)
         if self.signals.mismatch and "sampler" in batch.logps:
@@ -462,7 +453,7 @@ class StableGRPOTrainer(GRPOTrainer):
             warn_overflow(name, by_term[name])
         values |= self._mismatch.collect()
         if self.signals.drift and (step - 1) % self.signals.drift_every == 0:
-            values |= self._drift.measure(self._buffered_inputs[(self._step - 1) % self.args.steps_per_generation])
+            values |= self._drift.measure(self._window())
         self.objective.observe(step, by_term)
         for level in _host_metrics.entropy_coefficients(self.objective):
             self._host_log("entropy_coef", level)
@@ -479,6 +470,11 @@ class StableGRPOTrainer(GRPOTrainer):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self._recorder.grad_norm = norm
         return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as the host does; what rlstab measured since the last time is joined as the schema says."""
+        self._recorder.reduce_window()
+        super().log(logs, start_time)
 
     # ------------------------------------------------------------------ checkpoints
 

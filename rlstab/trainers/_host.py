@@ -3,10 +3,33 @@
 from __future__ import annotations
 
 import inspect
+from importlib.metadata import version as installed_version
 from typing import Any
 
-import trl
 from packaging.version import Version
+
+from rlstab.errors import HostError
+
+SUPPORTED = (Version("1.16"), Version("1.17"))
+
+
+def check_version(version: str) -> None:
+    """Raise `HostError` unless this version of TRL is one that rlstab was tested with.
+
+    >>> check_version("1.15.0")
+    Traceback (most recent call last):
+    ...
+    rlstab.errors.HostError: trl 1.15.0 is installed, rlstab needs trl >= 1.16, < 1.17: pip install 'trl>=1.16,<1.17'
+    """
+    low, high = SUPPORTED
+    if not low <= Version(version) < high:
+        raise HostError(
+            f"trl {version} is installed, rlstab needs trl >= {low}, < {high}: pip install 'trl>={low},<{high}'"
+        )
+
+
+check_version(installed_version("trl"))  # before the imports: another version may lack what they name
+
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.models.utils import disable_gradient_checkpointing
@@ -19,15 +42,14 @@ from trl.trainer.utils import (
     use_adapter,
 )
 
-from rlstab.errors import HostError
-
 __all__ = [
     "GRPOConfig",
     "GRPOTrainer",
     "RepeatSampler",
     "SyncRefModelCallback",
     "add_fused_lm_head",
-    "check_host",
+    "check_seams",
+    "check_version",
     "create_model_from_path",
     "disable_dropout_in_model",
     "disable_gradient_checkpointing",
@@ -35,8 +57,6 @@ __all__ = [
     "prepare_fsdp",
     "use_adapter",
 ]
-
-SUPPORTED = (Version("1.16"), Version("1.17"))
 
 SEAMS: dict[str, tuple[str, ...]] = {
     "_compute_loss": ("model", "inputs"),
@@ -54,27 +74,19 @@ SEAMS: dict[str, tuple[str, ...]] = {
 }
 
 
-def check_host(version: str = trl.__version__, trainer: type[Any] = GRPOTrainer) -> None:
-    """Raise `HostError` unless TRL is a tested version and its trainer has every seam that rlstab overrides.
+def check_seams(trainer: type[Any]) -> None:
+    """Raise `HostError` unless the host's trainer has every method that rlstab overrides, with its parameters.
 
-    >>> check_host("1.15.0")
-    Traceback (most recent call last):
-    ...
-    rlstab.errors.HostError: trl 1.15.0 is installed, rlstab needs trl >= 1.16, < 1.17: pip install 'trl>=1.16,<1.17'
+    >>> check_seams(GRPOTrainer)
     """
-    low, high = SUPPORTED
-    if not low <= Version(version) < high:
-        raise HostError(
-            f"trl {version} is installed, rlstab needs trl >= {low}, < {high}: pip install 'trl>={low},<{high}'"
-        )
     for name, parameters in SEAMS.items():
         method = inspect.getattr_static(trainer, name, None)
-        if method is None and not any(name in vars(base) for base in trainer.__mro__):
-            raise HostError(f"trl {version}: {trainer.__name__} has no method {name!r}, which rlstab overrides")
-        found = inspect.signature(method.__wrapped__ if "__wrapped__" in vars(method) else method).parameters
+        if method is None:
+            raise HostError(f"trl's {trainer.__name__} has no method {name!r}, which rlstab overrides")
+        found = inspect.signature(inspect.unwrap(method)).parameters
         missing = [parameter for parameter in parameters if parameter not in found]
         if missing:
-            raise HostError(f"trl {version}: {trainer.__name__}.{name} lacks the parameters {missing}")
+            raise HostError(f"trl's {trainer.__name__}.{name} lacks the parameters {missing}, which rlstab relies on")
 
 
-check_host()
+check_seams(GRPOTrainer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -74,8 +74,10 @@ class MetricLog:
         return [merged(same) for same in zip(*of_ranks, strict=True)]
 
 
-def merged(several: Iterable[Mapping[str, Numbers]]) -> dict[str, Numbers]:
+def merged(several: Sequence[dict[str, Numbers]]) -> dict[str, Numbers]:
     """The metrics of several micro-batches or ranks together."""
+    if len(several) == 1:
+        return several[0]
     whole: dict[str, Numbers] = {}
     for metrics in several:
         for key, numbers in metrics.items():

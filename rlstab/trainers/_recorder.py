@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 from transformers import TrainerCallback
 
 from rlstab.record import RunFolder
+from rlstab.schema import signal
 
 __all__ = ["Recorder", "RowListener"]
 
@@ -26,6 +28,13 @@ HOST_KEYS = {
     "completions/clipped_ratio": "completions/clipped_ratio",
 }
 SAMPLES_PER_GENERATION = 4
+JOINED: dict[str, Callable[[list[float]], float] | None] = {
+    "mean": None,  # as the host does, without NaN
+    "sum": sum,
+    "max": max,
+    "min": min,
+    "last": operator.itemgetter(-1),
+}
 
 
 class RowListener(ABC):
@@ -43,6 +52,7 @@ class Recorder(TrainerCallback):
         self._trainer = trainer
         self._run = run if trainer.accelerator.is_main_process else None
         self._row: dict[str, float] = {}
+        self._own: set[str] = set()
         self._rollouts: dict[str, float] = {}
         self._started = time.perf_counter()
         self._learning_rate: float | None = None
@@ -73,12 +83,20 @@ class Recorder(TrainerCallback):
     def close_step(self, values: Mapping[str, float]) -> None:
         """Take the step's own measurements, before the optimizer moves."""
         self._row = {**self._rollouts, **values}
+        self._own |= values.keys()
         for key, value in values.items():
             self._trainer._metrics["train"][key].append(value)
         bad = sorted(key for key, value in values.items() if key.endswith("/loss") and not math.isfinite(value))
         if bad:
             self.event("non_finite", keys=bad, values=[values[key] for key in bad])
             logger.warning("step %d: not finite: %s", self._trainer.state.global_step + 1, ", ".join(bad))
+
+    def reduce_window(self) -> None:
+        """Join what the steps since the last log measured as the schema says: the host would average all of it."""
+        logged = self._trainer._metrics["train"]
+        for key in self._own & logged.keys():
+            if len(logged[key]) > 1 and (join := JOINED[signal(key).reduction]) is not None:
+                logged[key] = [join(logged[key])]
 
     def state_dict(self) -> dict[str, float]:
         """What later rows repeat until the next generation: its statistics."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlstab.errors import ConfigError
 from rlstab.trainers._host import (
@@ -45,7 +45,7 @@ class References:
         self.peft = peft
         self._models: dict[str, Any] = {}
         if not peft and isinstance(model, nn.Module):
-            self._models = {source: _copy(model) for source in sorted(self.sources)}
+            self._models = {source: _copy(model, park=source in self.parked) for source in sorted(self.sources)}
 
     def prepare(self, trainer: Any, model: str | nn.Module) -> None:
         """Load what is missing, patch and place the copies like the policy."""
@@ -97,25 +97,29 @@ class References:
         if self.peft and "ref" in policy.peft_config:
             policy.load_adapter(checkpoint, policy.active_adapter, is_trainable=True)
 
-    def state_dict(self, accelerator: Any) -> dict[str, torch.Tensor]:
+    def state_dict(self, accelerator: Any) -> dict[str, Tensor]:
         """The weights of the moving reference, which no other file of a checkpoint holds."""
         if "moving" not in self._models:
             return {}
         return dict(accelerator.unwrap_model(self._models["moving"]).state_dict())
 
-    def load_state_dict(self, state: dict[str, torch.Tensor], accelerator: Any) -> None:
+    def load_state_dict(self, state: dict[str, Tensor], accelerator: Any) -> None:
         """Put the moving reference back to where the checkpoint left it."""
         if "moving" in self._models:
             accelerator.unwrap_model(self._models["moving"]).load_state_dict(state, strict=False)
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def _copy(model: nn.Module, *, park: bool) -> nn.Module:
     """A copy that runs its own weights.
 
     Trainers patch `forward` of a model they are given, and in a copy such a patch still calls the original's. So
     references are copied before the host patches the policy, and without the patch of a trainer that had it before.
     """
-    copied = copy.deepcopy(model)
+    memo: dict[int, Tensor] = {}
+    if park:  # given to deepcopy as copies made already, tensors never double on the device
+        memo = {id(buffer): buffer.cpu().clone() for buffer in model.buffers()}
+        memo |= {id(p): nn.Parameter(p.detach().cpu().clone(), p.requires_grad) for p in model.parameters()}
+    copied = copy.deepcopy(model, memo)
     if "_hf_hook" not in vars(copied):  # accelerate's hooks, which move inputs between devices, are copied rightly
         vars(copied).pop("forward", None)
     return copied

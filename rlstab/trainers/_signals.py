@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +23,11 @@ class Signals:
     """What the trainer measures beside the loss.
 
     Args:
-        mismatch: compare trainer and sampler at every step where the sampler's log-probs came back.
+        mismatch: compare the policy in training with the sampler at every step where the sampler's log-probs came back.
+            From the second update of a batch on this includes what the updates moved, not the engine's error alone.
         drift: measure the exact KL from the policy to `initial` (and to `moving`, where one is kept).
         drift_every: optimizer steps between two measurements of drift.
-        drift_positions: completion positions per measurement, over all ranks at most this many per rank.
+        drift_positions: most completion positions per measurement, over all ranks (at least one on each).
 
     Measuring drift counts as a part that requires the policy as passed. Under PEFT that is the policy with its adapter
     off. Otherwise, if no term keeps a reference anyway, a copy waits in the CPU's memory and is brought to the device
@@ -84,12 +85,15 @@ class Drift:
         self._references = references
         self._signals = signals
 
-    def measure(self, inputs: Mapping[str, Any]) -> dict[str, float]:
-        """KL(policy ‖ reference) per token with its standard error by prompt, for every reference in memory."""
+    def measure(self, window: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """KL(policy ‖ reference) per token with its standard error by prompt, for every reference in memory.
+
+        Args:
+            window: the micro-batches of the optimizer step, of one generation.
+        """
         sources, trainer = sorted(self._references.sources), self._trainer
-        if "pixel_values" in inputs:
-            trainer.report_skipped("drift/initial/kl", "completions with image inputs are not scored for drift yet")
-            return {}
+        keys = [key for key in (*_batches.TEXT_KEYS, "tool_mask", "rlstab_group") if key in window[0]]
+        inputs = {key: torch.cat([batch[key] for batch in window]) for key in keys}
         rows, columns = self._positions(inputs)
         call = _scoring_call(inputs, rows, columns)
         mask = _batches.completion_masks(inputs)[1][rows][:, columns]
@@ -113,7 +117,8 @@ class Drift:
 
     def _positions(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Rows of different prompts and columns, drawn by a generator of their own: measuring changes no trajectory."""
-        trainer, budget = self._trainer, self._signals.drift_positions
+        trainer = self._trainer
+        budget = max(1, self._signals.drift_positions // trainer.accelerator.num_processes)
         seed = (trainer.args.seed * 1_000_003 + trainer.state.global_step) * 65_537 + trainer.accelerator.process_index
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(inputs["rlstab_group"].numel(), generator=generator)

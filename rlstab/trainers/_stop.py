@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from types import FrameType
 from typing import Any, Self
 
@@ -18,9 +19,19 @@ class GracefulStop(TrainerCallback):
     """While it is entered, an interrupt asks the trainer to save a checkpoint after the current step and to stop.
 
     A second interrupt raises `KeyboardInterrupt` where the program is. Ranks agree on the step at which they stop.
+    Python hands interrupts to the main thread only: entered in another one it says so, catches none, and the run stops
+    at the end of its step once `requested` is set.
 
     Args:
         console: where to say that the request was heard.
+
+    Example:
+        >>> import signal
+        >>> with GracefulStop(Console()) as stop:  # trainer.train() with `stop` among its callbacks
+        ...     signal.raise_signal(signal.SIGINT)
+        interrupted: finishing the step and saving; press Ctrl-C again to stop at once
+        >>> stop.requested
+        True
     """
 
     def __init__(self, console: Console) -> None:
@@ -29,11 +40,18 @@ class GracefulStop(TrainerCallback):
         self.requested = False
 
     def __enter__(self) -> Self:
-        self._previous = signal.signal(signal.SIGINT, self._on_signal)
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._on_signal)
+        else:
+            self._console.print(
+                "training outside the main thread: Ctrl-C does not reach it; set `requested` to finish the step and save"
+            )
         return self
 
     def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
