@@ -39,17 +39,24 @@ class Case:
     tools: bool = False
     evaluate: bool = False
 
+    @property
+    def old_logps(self) -> bool:
+        """Whether the host records log-probs of the policy that sampled, for later updates or for the sampler."""
+        accumulation = self.config.get("gradient_accumulation_steps", 1)
+        updates = self.config.get("steps_per_generation", accumulation) * self.config.get("num_iterations", 1)
+        return self.sampler or accumulation % updates != 0
+
 
 def _cases() -> dict[str, Case]:
     twice = {"num_iterations": 2, "gradient_accumulation_steps": 2}
     cases = {name: Case(f"loss_type={name}", {"loss_type": name, **twice}) for name in LOSS_TYPES}
     cases |= {
-        f"{name}-on-policy": Case(f"loss_type={name}, one update per batch (no old log-probs)", {"loss_type": name})
-        for name in ("grpo", "dapo", "cispo")
+        f"{name}-on-policy": Case(f"loss_type={name}, one update per batch", {"loss_type": name}) for name in LOSS_TYPES
     }
     cases |= {
         f"{name}-kl": Case(f"loss_type={name}, beta", {"loss_type": name, "beta": 0.1, **twice})
-        for name in ("grpo", "dapo", "cispo", "luspo")
+        for name in LOSS_TYPES
+        if name != "vespo"
     }
     cases["vespo-kl"] = Case(
         "loss_type=vespo, beta", {"loss_type": "vespo", "beta": 0.1, "learning_rate": 1e-3, **twice}
@@ -67,6 +74,14 @@ def _cases() -> dict[str, Case]:
             sampler=True,
         )
         for mode in SAMPLER_MODES
+    }
+    corrected = {"vllm_importance_sampling_mode": "token_truncate", "vllm_importance_sampling_clip_max": 1.2}
+    cases |= {
+        f"{name}-sampler": Case(
+            f"loss_type={name}, sampler correction", {"loss_type": name, **corrected, **twice}, sampler=True
+        )
+        for name in LOSS_TYPES
+        if name != "dapo"
     }
     sequence = {"importance_sampling_level": "sequence"}
     cases |= {
@@ -94,11 +109,6 @@ def _cases() -> dict[str, Case]:
             "adaptive entropy bonus",
             {"use_adaptive_entropy": True, "entropy_coef": 0.01, "entropy_target": 2.5, **twice},
         ),
-        "vespo-sampler": Case(
-            "VESPO with the sampler's ratio",
-            {"loss_type": "vespo", "vllm_importance_sampling_mode": "token_truncate", **twice},
-            sampler=True,
-        ),
         "truncated-masked": Case("truncated completions masked", {"mask_truncated_completions": True, **twice}),
         "truncated-masked-grpo": Case(
             "truncated completions masked, loss_type=grpo",
@@ -117,6 +127,7 @@ def _cases() -> dict[str, Case]:
         "peft": Case("LoRA adapters", dict(twice), peft=True),
         "peft-kl": Case("LoRA adapters, beta", {"beta": 0.1, **twice}, peft=True),
         "tool-mask": Case("tokens of tools masked", dict(twice), tools=True),
+        "tool-mask-grpo": Case("tokens of tools masked, loss_type=grpo", {"loss_type": "grpo", **twice}, tools=True),
         "evaluation": Case(
             "evaluation between steps", {"eval_strategy": "steps", "eval_steps": 2, **twice}, evaluate=True
         ),

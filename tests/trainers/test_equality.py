@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from equality import CASES, build, gradient_distance, run
+from equality import CASES, LOSS_TYPES, build, gradient_distance, run
+from tested_combinations import table
 
 TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "step_time", "epoch", "total_flos")
 
@@ -32,3 +33,14 @@ def test_loss_gradient_and_metrics_equal_the_hosts(name: str, tmp_path: Path) ->
     assert any(float(g.abs().max()) > 0 for g in theirs.gradients[-1].values())
     for mine, host in zip(ours.logs, theirs.logs, strict=True):
         assert not differing(mine, host)
+
+
+def test_the_table_in_the_documentation_has_a_line_for_every_case() -> None:
+    lines = table(CASES)[2:]
+    assert len(lines) == len(set(lines)) == len(CASES) > 50
+    assert all(line.count("|") == 6 for line in lines)
+    for loss_type in LOSS_TYPES:
+        mine = [line for line in lines if f"`loss_type={loss_type}`" in line]
+        assert any(case.config == {"loss_type": loss_type} for case in CASES.values())
+        for words in ("`beta=", "recorded | recorded", "recorded |  |", "|  |  |"):
+            assert any(words in line for line in mine), (loss_type, words)
