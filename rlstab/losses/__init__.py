@@ -81,6 +81,7 @@ from rlstab.losses._streamed import Statistic, streamed_statistics
 from rlstab.losses._streamed_head import Head
 from rlstab.losses._surrogate import RatioSurrogate, Surrogate
 from rlstab.losses._term import Loss, Term, term_name
+from rlstab.losses._top_k import top_k_divergence
 from rlstab.losses._weight import (
     EntropyThreshold,
     Factor,
@@ -196,6 +197,7 @@ __all__ = [
     "streamed_statistics",
     "term_name",
     "token_mean",
+    "top_k_divergence",
     "vespo_weight",
     "warn_overflow",
 ]

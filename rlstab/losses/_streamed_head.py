@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,10 +15,6 @@ from rlstab.errors import ShapeError
 from rlstab.losses._checks import check_positive
 
 IMPOSSIBLE = -1e30  # a logit of -inf, made finite so that its product with the probability 0 is 0
-
-
-def _as_they_are(weight: Tensor, bias: Tensor | None) -> AbstractContextManager[object]:
-    return nullcontext()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,7 +30,7 @@ class Head:
         soft_cap: $c$ (Gemma), or None.
         logit_scale: $s$ (Cohere; Granite divides, so that its scale is one over `logits_scaling`).
         gather: `gather(weight, bias)` gives a context inside which the two are whole, for weights that are sharded
-            over processes (DeepSpeed ZeRO-3); entered once forward and once backward.
+            over processes (DeepSpeed ZeRO-3); entered once forward and once backward. None: they are whole.
 
     Raises:
         ConfigError: if temperature, soft-cap or scale is not positive.
@@ -49,7 +45,7 @@ class Head:
     temperature: float = 1.0
     soft_cap: float | None = None
     logit_scale: float = 1.0
-    gather: Callable[[Tensor, Tensor | None], AbstractContextManager[object]] = _as_they_are
+    gather: Callable[[Tensor, Tensor | None], AbstractContextManager[object]] | None = None
 
     def __post_init__(self) -> None:
         check_positive("Head.temperature", self.temperature)

@@ -61,7 +61,8 @@ class Plan:
 def gather(stack: ExitStack, plan: Plan) -> None:
     """Have the weights of all heads whole until the stack unwinds; one that is shared is gathered once."""
     for head in {id(head.weight): head for head in (plan.head, *plan.heads.values())}.values():
-        stack.enter_context(head.gather(head.weight, head.bias))
+        if head.gather is not None:
+            stack.enter_context(head.gather(head.weight, head.bias))
 
 
 class Models:
