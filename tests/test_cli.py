@@ -118,7 +118,9 @@ MISTAKES = {
     "{recipe} --seed --resume": "--seed has no value: pass --seed=VALUE",
     "{recipe} --resum": "--resum has no value: pass --resum=VALUE for a key of the recipe (flags: --help, --list-keys",
     "{recipe} --seed=x": "seed: expected an integer, got 'x'",
-    "{recipe} --trainer.bf6 true": "trainer.bf6: GRPOConfig has no argument 'bf6' (value True); did you mean 'bf16'?",
+    "{recipe} --trainer.bf6 true": "trainer.bf6: GRPOConfig has no argument 'bf6' (value True); did you mean 'bf16'? "
+    "Nearest of ",
+    "{recipe} --trainer.max_step 3": "; `rlstab train --list-keys` lists them",
     "{recipe} --objective.terms.kl=KLCow": "objective.terms.kl: no Term is called 'KLCow'; did you mean 'KLCov'?",
     "{recipe} --resume": "output: null does not say which run to resume",
     "{recipe} --resume --output={folder}/nothing": "no run folder at {folder}/nothing",

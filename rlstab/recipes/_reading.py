@@ -143,7 +143,8 @@ def _trainer_fault(block: Tree) -> str | None:
         if key in OWNED:
             return f"trainer.{key}: not here (value {value!r}); {OWNED[key]}"
         if key not in kinds:
-            return f"trainer.{key}: GRPOConfig has no argument {key!r} (value {value!r}); {hint(key, own)}"
+            near = hint(key, own, listed_by="rlstab train --list-keys")
+            return f"trainer.{key}: GRPOConfig has no argument {key!r} (value {value!r}); {near}"
     return next(
         filter(None, (find_fault(f"trainer.{key}", item, kinds[key], build=False) for key, item in block.items())), None
     )

@@ -13,11 +13,17 @@ from rlstab.errors import RecipeError
 Tree = dict[str, Any]
 
 CLASS_KEYS = ("class_path", "init_args")
-MOST_SHOWN = 40
+SHIPPED = "configs"
+MOST_LISTED, SHOWN_OF_MORE = 40, 3
 
 
-def hint(name: object, known: Iterable[str]) -> str:
-    """The nearest match of a name, and all that exist, as the end of a message.
+def hint(name: object, known: Iterable[str], *, listed_by: str | None = None) -> str:
+    """The nearest match of a name, and what exists, as the end of a message: of a long list the three nearest.
+
+    Args:
+        name: what was given.
+        known: what exists.
+        listed_by: the command that lists all that exists.
 
     >>> hint("coeff", ["coef", "mean"])
     "did you mean 'coef'? There are: coef, mean"
@@ -27,9 +33,11 @@ def hint(name: object, known: Iterable[str]) -> str:
         return "there are none"
     nearest = get_close_matches(name, known, n=1) or [other for other in known if other.casefold() == name.casefold()]
     start = f"did you mean {nearest[0]!r}? " if nearest else ""
-    shown = get_close_matches(name, known, n=MOST_SHOWN, cutoff=0.0) if len(known) > MOST_SHOWN else known
-    more = f" and {len(known) - len(shown)} more" if len(known) > len(shown) else ""
-    return f"{start}There are: {', '.join(shown)}{more}"
+    if len(known) <= MOST_LISTED:
+        return f"{start}There are: {', '.join(known)}"
+    shown = get_close_matches(name, known, n=SHOWN_OF_MORE, cutoff=0.0)
+    where = f"; `{listed_by}` lists them" if listed_by else ""
+    return f"{start}Nearest of {len(known)}: {', '.join(shown)}{where}"
 
 
 def load_tree(path: Path) -> Tree:
@@ -41,8 +49,7 @@ def load_tree(path: Path) -> Tree:
     try:
         text = path.read_text("utf-8")
     except FileNotFoundError as error:
-        recipes = sorted(str(file) for file in path.parent.glob("*.y*ml"))
-        raise RecipeError(f"recipe {path}: no such file; {hint(str(path), recipes)}") from error
+        raise RecipeError(f"recipe {path}: no such file; {_other_recipes(path)}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path}: cannot be read ({error})") from error
     try:
@@ -53,6 +60,18 @@ def load_tree(path: Path) -> Tree:
     if not isinstance(tree, dict):
         raise RecipeError(f"recipe {path}: expected a mapping of settings, got {tree!r}")
     return tree
+
+
+def _other_recipes(path: Path) -> str:
+    """The recipe nearest to a file that does not exist, and all in its folder and in `configs/`."""
+    folders = list(dict.fromkeys((path.parent, Path(SHIPPED))))
+    names = {str(file): file.name for folder in folders for file in sorted(folder.glob("*.y*ml"))}
+    searched = " and ".join(str(folder.resolve()) for folder in folders)
+    if not names:
+        return f"there is no recipe (*.yaml) in {searched}"
+    nearest = get_close_matches(path.name, names.values(), n=1)
+    start = next((f"did you mean {file!r}? " for file, name in names.items() if [name] == nearest), "")
+    return f"{start}In {searched} there are: {', '.join(names)}"
 
 
 def _refuse_repeated_keys(path: Path, node: yaml.Node | None) -> None:

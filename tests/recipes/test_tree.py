@@ -79,9 +79,23 @@ def test_files_that_hold_no_recipe(tmp_path: Path, text: str, message: str) -> N
 
 
 def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
-    (tmp_path / "quickstart.yaml").touch()
-    with pytest.raises(RecipeError, match=r"quikstart.yaml: no such file; did you mean '.*quickstart.yaml'\?"):
+    neighbour = tmp_path / "quickstart.yaml"
+    neighbour.touch()
+    message = f"quikstart.yaml: no such file; did you mean {str(neighbour)!r}? In {tmp_path} and "
+    with pytest.raises(RecipeError, match=re.escape(message)):
         load_tree(tmp_path / "quikstart.yaml")
+
+
+def test_a_missing_file_names_the_recipes_of_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=f"there is no recipe .* in {tmp_path} and {tmp_path / 'configs'}$"):
+        load_tree(Path("nope.yaml"))
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/math.yaml").touch()
+    with pytest.raises(RecipeError, match=r"no such file; In .* there are: configs/math.yaml$"):
+        load_tree(Path("nope.yaml"))
+    with pytest.raises(RecipeError, match=r"no such file; did you mean 'configs/math.yaml'\?"):
+        load_tree(Path("mth.yaml"))
 
 
 def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
@@ -91,8 +105,14 @@ def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
 
 def test_a_long_list_is_cut_to_the_nearest() -> None:
     text = hint("learnin_rate", [f"key_{index}" for index in range(200)] + ["learning_rate"])
-    assert text.startswith("did you mean 'learning_rate'? There are: learning_rate, ")
-    assert text.endswith("and 161 more")
+    assert text.startswith("did you mean 'learning_rate'? Nearest of 201: learning_rate, key_")
+    assert text.count(", ") == 2
+    assert "lists them" not in text
+
+
+def test_a_long_list_is_shown_by_a_command() -> None:
+    known = [f"key_{index}" for index in range(200)]
+    assert hint("x", known, listed_by="rlstab train --list-keys").endswith("; `rlstab train --list-keys` lists them")
 
 
 def test_a_name_in_another_case_is_near() -> None:
