@@ -78,7 +78,7 @@ class Evaluation:
 def pass_at_k(*, samples: int, correct: int, k: int) -> float:
     r"""The unbiased estimate of pass@k from `correct` among `samples` independent samples.
 
-    .. math:: 1 - \binom{n - c}{k} / \binom{n}{k}
+    $1 - \binom{n - c}{k} \big/ \binom{n}{k}$
 
     Args:
         samples: n, the number of samples of one prompt.
@@ -92,8 +92,7 @@ def pass_at_k(*, samples: int, correct: int, k: int) -> float:
         >>> pass_at_k(samples=4, correct=1, k=2)
         0.5
 
-    Reference:
-        Evaluating Large Language Models Trained on Code, https://arxiv.org/abs/2107.03374
+    Reference: Evaluating Large Language Models Trained on Code, https://arxiv.org/abs/2107.03374.
     """
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 

@@ -22,7 +22,7 @@ from rlstab.recipes._models import LoadedModel, PretrainedModel
 from rlstab.recipes._reading import ReadRecipe
 from rlstab.recipes._recipe import Recipe
 from rlstab.recipes._tree import changed_keys
-from rlstab.recipes._warmup import warm_up
+from rlstab.recipes._warmup import WarmUp, warm_up
 from rlstab.record import RunFolder
 from rlstab.report import print_summary, write_plots, write_report
 from rlstab.tasks import EmbeddedTask
@@ -173,8 +173,9 @@ class _Run:
     def _trainer(self, callbacks: list[Any]) -> StableGRPOTrainer:
         recipe = self.recipe
         with self.args.main_process_first(local=False):
-            if recipe.warmup is not None and not self._warmed.is_dir():
-                self._warm_up()
+            match recipe:
+                case Recipe(warmup=WarmUp() as settings, task=EmbeddedTask() as task) if not self._warmed.is_dir():
+                    self._warm_up(settings, task)
         model, tokenizer = self._start()
         set_seed(recipe.seed)
         with _host_errors():
@@ -211,21 +212,19 @@ class _Run:
     def _warmed(self) -> Path:
         return self.output / "initial"
 
-    def _warm_up(self) -> None:
+    def _warm_up(self, settings: WarmUp, task: EmbeddedTask) -> None:
         """Warm the model up, once, and keep it in the run folder."""
-        recipe = self.recipe
-        assert recipe.warmup is not None
-        assert isinstance(recipe.task, EmbeddedTask)
-        model, tokenizer = recipe.model.load(recipe.task, seed=recipe.seed)
+        seed = self.recipe.seed
+        model, tokenizer = self.recipe.model.load(task, seed=seed)
         columns = (TextColumn("[bold]warm-up"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), console=self.console) as progress:
-            line = progress.add_task("warm-up", total=recipe.warmup.steps, loss=float("nan"))
+            line = progress.add_task("warm-up", total=settings.steps, loss=float("nan"))
             warm_up(
                 model.to(self.args.device),
                 tokenizer,
-                recipe.task,
-                recipe.warmup,
-                seed=recipe.seed,
+                task,
+                settings,
+                seed=seed,
                 on_step=lambda step, steps, loss: progress.update(line, completed=step, loss=loss),
             )
         unfinished = self._warmed.with_name("initial.unfinished")
