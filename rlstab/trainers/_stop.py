@@ -44,7 +44,7 @@ class GracefulStop(TrainerCallback):
             self._previous = signal.signal(signal.SIGINT, self._on_signal)
         else:
             self._console.print(
-                "training outside the main thread: Ctrl-C does not reach it; set `requested` to finish the step and save"
+                "outside the main thread Ctrl-C is not heard; set `requested` to finish the step and save"
             )
         return self
 

@@ -1,6 +1,7 @@
 """Ctrl-C, and what happens every so many steps."""
 
 import signal
+import threading
 
 import pytest
 from rich.console import Console
@@ -28,6 +29,27 @@ def test_the_previous_handler_comes_back() -> None:
     before = signal.getsignal(signal.SIGINT)
     with GracefulStop(QUIET):
         assert signal.getsignal(signal.SIGINT) != before
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_outside_the_main_thread_only_a_request_stops() -> None:
+    console, control, before = (
+        Console(record=True, quiet=False, width=200),
+        TrainerControl(),
+        signal.getsignal(signal.SIGINT),
+    )
+
+    def train() -> None:
+        with GracefulStop(console) as stop:
+            assert signal.getsignal(signal.SIGINT) == before
+            stop.requested = True
+            stop.on_step_end(None, TrainerState(), control)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert (control.should_save, control.should_training_stop) == (True, True)
+    assert "outside the main thread Ctrl-C is not heard" in console.export_text()
     assert signal.getsignal(signal.SIGINT) == before
 
 
