@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -18,6 +21,8 @@ from rlstab.errors import ConfigError
 from rlstab.models._rng import isolated_rng
 
 __all__ = ["tiny_causal_lm", "tiny_moe", "tiny_tokenizer"]
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 
@@ -100,24 +105,8 @@ def tiny_causal_lm(
         >>> model.num_parameters()
         83520
     """
-    _check_sizes(hidden=hidden, layers=layers, heads=heads, max_positions=max_positions)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=max_positions,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    with isolated_rng(seed):
-        model = Qwen2ForCausalLM(config)
-    _finish(model, dtype)
-    return model
+    config = Qwen2Config(**_common(tokenizer, hidden=hidden, layers=layers, heads=heads, max_positions=max_positions))
+    return _drawn(Qwen2ForCausalLM, config, seed=seed, dtype=dtype)
 
 
 def tiny_moe(
@@ -163,42 +152,52 @@ def tiny_moe(
         >>> model.config.num_experts, model.config.num_experts_per_tok
         (4, 2)
     """
-    _check_sizes(hidden=hidden, layers=layers, heads=heads, max_positions=max_positions)
     if not 1 <= experts_per_token <= experts:
         raise ConfigError(
             f"tiny_moe: experts_per_token {experts_per_token} with experts {experts}; expected between 1 and experts"
         )
     config = Qwen3MoeConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
+        **_common(tokenizer, hidden=hidden, layers=layers, heads=heads, max_positions=max_positions),
         moe_intermediate_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
         num_experts=experts,
         num_experts_per_tok=experts_per_token,
         norm_topk_prob=True,
         decoder_sparse_step=1,
         router_aux_loss_coef=aux_loss_coef,
-        max_position_embeddings=max_positions,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
     )
+    return _drawn(Qwen3MoeForCausalLM, config, seed=seed, dtype=dtype)
+
+
+def _common(
+    tokenizer: PreTrainedTokenizerBase, *, hidden: int, layers: int, heads: int, max_positions: int
+) -> dict[str, Any]:
+    """The configuration that both architectures share."""
+    _check_sizes(hidden=hidden, layers=layers, heads=heads, max_positions=max_positions)
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "max_position_embeddings": max_positions,
+        "tie_word_embeddings": True,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+
+
+def _drawn(kind: type[Model], config: PretrainedConfig, *, seed: int, dtype: torch.dtype) -> Model:
+    """A model of random weights, in evaluation mode."""
     with isolated_rng(seed):
-        model = Qwen3MoeForCausalLM(config)
-    _finish(model, dtype)
-    return model
-
-
-def _finish(model: PreTrainedModel, dtype: torch.dtype) -> None:
+        model = kind(config)
     # The rotary frequencies are buffers and stay in float32, as in a model loaded from a checkpoint.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
-    model.eval()
+    model.train(False)
+    return model
 
 
 def _check_sizes(*, hidden: int, heads: int, **others: int) -> None:
