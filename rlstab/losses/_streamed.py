@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from rlstab.batch import ExactDivergence, Requirement
@@ -33,8 +33,9 @@ def streamed_statistics(
     statistics: Collection[Statistic] = LOGP,
     requirements: Iterable[Requirement] = (),
     references: Mapping[str, Reference] | None = None,
+    candidates: Int[Tensor, "N K"] | None = None,
     ignore_index: int = -100,
-) -> dict[str, Shaped[Tensor, "N"]]:
+) -> dict[str, Shaped[Tensor, "N *K"]]:
     r"""Statistics of the policy at each token and its exact divergences from references, for the price of few matmuls.
 
     Logits exist for one stripe of tokens at a time: never for all of them, whatever the number of divergences, forward
@@ -57,6 +58,8 @@ def streamed_statistics(
         requirements: every `ExactDivergence` among them is returned under its key; others are passed over.
         references: hidden states of the same tokens and the head, by source. Where the head is the policy's (LoRA),
             pass that very object.
+        candidates: tokens whose log-probs to return as `candidates`, such as those that a remote reference returned
+            (see `top_k_divergence`).
         ignore_index: tokens with this label are skipped: they cost nothing, and all their values are 0.
 
     Returns:
@@ -83,25 +86,33 @@ def streamed_statistics(
     {'logp': tensor([-0.6931]), 'entropy': tensor([0.6931]), 'reverse_kl() from initial': tensor([0.1438])}
     """
     references = references or {}
-    plan = _plan(hidden, head, statistics, requirements, references)
+    for name in statistics:
+        check_choice("statistics", name, get_args(Statistic))
+    names = [*statistics, *(() if candidates is None else ("candidates",))]
+    plan = _plan(hidden, head, names, requirements, references)
+    ids = labels.unsqueeze(-1) if candidates is None else torch.cat([labels.unsqueeze(-1), candidates], dim=-1)
     with ExitStack() as whole:
         gather(whole, plan)
         _check_shapes(hidden, labels, plan, references)
         keep = labels != ignore_index
-        _check_labels(labels, keep, head.weight.shape[0])
+        _check_ids(ids[keep], head.weight.shape[0])
         models = [
             (head, hidden),
             *((its_head, references[source][0].detach()) for source, its_head in plan.heads.items()),
         ]
         everything = bool(keep.all())
         if not everything:
-            labels, models = labels[keep], [(its_head, states[keep]) for its_head, states in models]
+            ids, models = ids[keep], [(its_head, states[keep]) for its_head, states in models]
         tensors = chain.from_iterable((its_head.weight, its_head.bias, states) for its_head, states in models)
-        values = _Streamed.apply(plan, labels, *tensors)  # type: ignore[no-untyped-call]
+        values = _Streamed.apply(plan, ids, *tensors)  # type: ignore[no-untyped-call]
     found = dict(zip(plan.names, values, strict=True))
-    if everything:
-        return found
-    return {name: value.new_zeros(keep.shape).masked_scatter(keep, value) for name, value in found.items()}
+    if not everything:
+        found = {name: _spread(value, keep) for name, value in found.items()}
+    return {name: value.T if value.dim() == 2 else value for name, value in found.items()}
+
+
+def _spread(values: Shaped[Tensor, "*K M"], keep: Bool[Tensor, "N"]) -> Shaped[Tensor, "*K N"]:
+    return values.new_zeros(*values.shape[:-1], len(keep)).masked_scatter(keep, values)
 
 
 def _plan(
@@ -111,8 +122,6 @@ def _plan(
     requirements: Iterable[Requirement],
     references: Mapping[str, Reference],
 ) -> Plan:
-    for name in statistics:
-        check_choice("statistics", name, get_args(Statistic))
     by_key = {need.key: need for need in requirements if isinstance(need, ExactDivergence)}
     missing = sorted({need.source for need in by_key.values()} - set(references))
     if missing:
@@ -142,33 +151,31 @@ def _check_shapes(hidden: Tensor, labels: Tensor, plan: Plan, references: Mappin
             raise ShapeError(f"{name}: expected [N, D] = {expected} to fit labels and head, got {list(state.shape)}")
 
 
-def _check_labels(labels: Tensor, keep: Tensor, vocabulary: int) -> None:
-    wrong = keep & ((labels < 0) | (labels >= vocabulary))
+def _check_ids(ids: Int[Tensor, "N M"], vocabulary: int) -> None:
+    wrong = (ids < 0) | (ids >= vocabulary)
     if wrong.any():
-        raise ConfigError(
-            f"labels: expected ids from 0 to {vocabulary - 1} or the ignored index, got {labels[wrong][0].item()}"
-        )
+        raise ConfigError(f"labels and candidates: expected ids from 0 to {vocabulary - 1}, got {ids[wrong][0].item()}")
 
 
 class _Streamed(torch.autograd.Function):
     """Statistics whose gradient recomputes the logits, tile by tile."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, labels: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, plan: Plan, ids: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        with torch.autocast(labels.device.type, enabled=False):
-            values, ctx.saved = forward(Models(plan, labels, tensors))
+        with torch.autocast(ids.device.type, enabled=False):
+            values, ctx.saved = forward(Models(plan, ids, tensors))
         ctx.plan = plan
-        ctx.save_for_backward(labels, *tensors)
+        ctx.save_for_backward(ids, *tensors)
         ctx.mark_non_differentiable(*(value for value in values.values() if not value.is_floating_point()))
         return tuple(values[name] for name in plan.names)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        labels, *tensors = ctx.saved_tensors
+        ids, *tensors = ctx.saved_tensors
         given = {name: g for name, g in zip(ctx.plan.names, gradients, strict=True) if g is not None}
-        with ExitStack() as whole, torch.autocast(labels.device.type, enabled=False):
+        with ExitStack() as whole, torch.autocast(ids.device.type, enabled=False):
             gather(whole, ctx.plan)
-            ours = backward(Models(ctx.plan, labels, tensors), ctx.saved, given, ctx.needs_input_grad[2:5])
+            ours = backward(Models(ctx.plan, ids, tensors), ctx.saved, given, ctx.needs_input_grad[2:5])
         return None, None, *ours, *(None for _ in tensors[3:])

@@ -156,31 +156,31 @@ class Normalizer:
     """Running sums over the vocabulary from which everything about one distribution per token follows.
 
     Args:
-        labels: one per token.
+        ids: the entries whose log-probs may be wanted, the label first.
         dtype: of the sums.
         statistics: those of `streamed_statistics` that are wanted.
     """
 
-    def __init__(self, labels: Int[Tensor, "R"], dtype: torch.dtype, statistics: Collection[str] = ()) -> None:
-        def full(value: float) -> Tensor:
-            return torch.full(labels.shape, value, dtype=dtype, device=labels.device)
+    def __init__(self, ids: Int[Tensor, "R M"], dtype: torch.dtype, statistics: Collection[str] = ()) -> None:
+        def full(value: float, *shape: int) -> Tensor:
+            return torch.full((len(ids), *shape), value, dtype=dtype, device=ids.device)
 
-        self.labels = labels
+        self.ids = ids
         self.high = full(torch.finfo(dtype).min)
         self.sum = full(0.0)
         self.moment = full(0.0) if "entropy" in statistics else None
         self.squares = full(0.0) if "sum_squares" in statistics else None
-        self.label_logit = full(0.0) if "logp" in statistics else None
-        self.best = torch.zeros_like(labels) if "top1" in statistics else None
+        self.chosen = full(0.0, ids.shape[1]) if {"logp", "candidates"} & {*statistics} else None
+        self.best = torch.zeros_like(ids[:, 0]) if "top1" in statistics else None
 
     def add(self, logits: Float[Tensor, "R C"], start: int) -> None:
         """Take in the entries from `start` on."""
         if self.best is not None:
             value, place = logits.max(-1)
             self.best = torch.where(value > self.high, place + start, self.best)
-        if self.label_logit is not None:
-            place, inside = place_of(self.labels, start, logits.shape[-1])
-            self.label_logit = torch.where(inside, logits.gather(-1, place).squeeze(-1), self.label_logit)
+        if self.chosen is not None:
+            place, inside = place_of(self.ids, start, logits.shape[-1])
+            self.chosen = torch.where(inside, logits.gather(-1, place), self.chosen)
         high = torch.maximum(self.high, logits.amax(-1))
         shift = self.high - high
         decay = shift.exp()
@@ -198,25 +198,26 @@ class Normalizer:
         """The log of the softmax's denominator, above `high`."""
         return self.sum.log()
 
-    def statistics(self) -> dict[str, Shaped[Tensor, "R"]]:
+    def statistics(self) -> dict[str, Shaped[Tensor, "*K R"]]:
         """What was wanted."""
         found = {"log_z": self.high + self.log_sum}
-        if self.label_logit is not None:
-            logp = (self.label_logit - self.high) - self.log_sum
-            found["logp"] = logp.masked_fill(is_impossible(logp), -torch.inf)
+        if self.chosen is not None:
+            logp = log_probs(self.chosen, self.high, self.log_sum)
+            logp = logp.masked_fill(is_impossible(logp), -torch.inf).T
+            found |= {"logp": logp[0], "candidates": logp[1:]}
         if self.moment is not None:
             found["entropy"] = self.log_sum - self.moment / self.sum
         if self.squares is not None:
             found["sum_squares"] = self.squares / self.sum**2
         if self.best is not None:
-            found["top1"] = self.best == self.labels
+            found["top1"] = self.best == self.ids[:, 0]
         return found
 
 
-def place_of(labels: Int[Tensor, "R"], start: int, width: int) -> tuple[Int[Tensor, "R 1"], Bool[Tensor, "R"]]:
-    """The column of each label in a tile that begins at `start`, and whether it lies inside."""
-    local = labels - start
-    return local.clamp(0, width - 1).unsqueeze(-1), (local >= 0) & (local < width)
+def place_of(ids: Int[Tensor, "R M"], start: int, width: int) -> tuple[Int[Tensor, "R M"], Bool[Tensor, "R M"]]:
+    """The columns of these entries in a tile that begins at `start`, and whether they lie inside."""
+    local = ids - start
+    return local.clamp(0, width - 1), (local >= 0) & (local < width)
 
 
 def is_impossible(logp: Float[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:

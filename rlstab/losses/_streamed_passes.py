@@ -70,15 +70,15 @@ class Models:
 
     Args:
         plan: what to compute.
-        labels: one per token.
+        ids: the entries whose log-probs may be wanted, the label first.
         tensors: weight and bias of the policy's head and its hidden states; the same of each reference.
     """
 
-    def __init__(self, plan: Plan, labels: Tensor, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, plan: Plan, ids: Tensor, tensors: Sequence[Tensor]) -> None:
         heads = {POLICY: plan.head, **plan.heads}
         threes = zip(*(iter(tensors),) * 3, strict=True)
         self.plan = plan
-        self.labels = labels
+        self.ids = ids
         self.all = {
             name: Projection(hidden, head, weight, bias, plan.dtypes)
             for (name, head), (weight, bias, hidden) in zip(heads.items(), threes, strict=True)
@@ -88,11 +88,11 @@ class Models:
 
     def tiling(self, *, whole_rows: bool) -> Tiling:
         """See `tiling`."""
-        return tiling(len(self.labels), self.vocabulary, self.labels.device, whole_rows=whole_rows)
+        return tiling(len(self.ids), self.vocabulary, self.ids.device, whole_rows=whole_rows)
 
     def empty(self, *shape: int) -> Tensor:
         """A tensor of the dtype of sums."""
-        return torch.empty(shape, dtype=self.plan.dtypes.sums, device=self.labels.device)
+        return torch.empty(shape, dtype=self.plan.dtypes.sums, device=self.ids.device)
 
     def weights(self, columns: slice) -> Named:
         """A tile of each model's weight; where heads are shared, one and the same."""
@@ -117,7 +117,7 @@ def forward(models: Models) -> tuple[Named, Named]:
     tile = models.tiling(whole_rows=bool(models.plan.entries))
     width = models.vocabulary if models.plan.entries else tile.columns
     buffers = {name: models.empty(tile.rows, width) for name in models.all}
-    stripes = [_stripe(models, rows, tile, buffers) for rows in slices(len(models.labels), tile.rows)]
+    stripes = [_stripe(models, rows, tile, buffers) for rows in slices(len(models.ids), tile.rows)]
     stripes = stripes or [_stripe(models, slice(0, 0), tile, buffers)]
     values, saved = zip(*stripes, strict=True)
     return _joined(values), _joined(saved)
@@ -130,10 +130,10 @@ def _joined(parts: Sequence[Named]) -> Named:
 def _stripe(models: Models, rows: slice, tile: Tiling, buffers: Named) -> tuple[Named, Named]:
     """The two results for some of the tokens, whose logits the buffers hold meanwhile if there are divergences."""
     plan = models.plan
-    labels = models.labels[rows]
-    buffers = {name: buffer[: len(labels)] for name, buffer in buffers.items()}
-    normal = {name: Normalizer(labels, plan.dtypes.sums) for name in plan.heads}
-    normal[POLICY] = Normalizer(labels, plan.dtypes.sums, plan.statistics)
+    ids = models.ids[rows]
+    buffers = {name: buffer[: len(ids)] for name, buffer in buffers.items()}
+    normal = {name: Normalizer(ids, plan.dtypes.sums) for name in plan.heads}
+    normal[POLICY] = Normalizer(ids, plan.dtypes.sums, plan.statistics)
     for columns in slices(models.vocabulary, tile.columns):
         weights = models.weights(columns)
         place = columns if plan.entries else slice(0, columns.stop - columns.start)
@@ -185,7 +185,7 @@ def backward(models: Models, saved: Named, given: Mapping[str, Tensor], needs: S
     for columns in slices(models.vocabulary, tile.columns):
         weights = models.weights(columns)
         of_weight = None if weight is None else _summed(weight[columns], dtypes.sums)
-        for rows in slices(len(models.labels), tile.rows):
+        for rows in slices(len(models.ids), tile.rows):
             gradient = _gradient(models, rows, columns, weights, saved, rates)
             factor = gradient.to(dtypes.factors)
             if hidden is not None:
@@ -207,7 +207,8 @@ def _summed(part: Tensor, dtype: torch.dtype) -> Tensor:
 class _Rates(NamedTuple):
     """The gradient of a loss in the statistics, as factors of what the gradient in a tile of logits is made of."""
 
-    label: Tensor | None
+    chosen: Tensor | None
+    """Of the logits of the ids."""
     p: Tensor
     """Of the policy itself: what keeps the sum over the vocabulary at 0."""
     p_logp: Tensor | None
@@ -219,9 +220,13 @@ class _Rates(NamedTuple):
 def _rates(models: Models, saved: Named, given: Mapping[str, Tensor]) -> _Rates:
     plan = models.plan
     rate = {name: gradient.to(plan.dtypes.sums) * models.policy.slope for name, gradient in given.items()}
-    p = models.empty(len(models.labels)).zero_()
-    if "logp" in rate:
-        p -= rate["logp"]
+    p = models.empty(len(models.ids)).zero_()
+    chosen = None
+    if "logp" in rate or "candidates" in rate:
+        chosen = torch.zeros_like(models.ids, dtype=plan.dtypes.sums)
+        chosen[:, 0] = rate.get("logp", 0.0)
+        chosen[:, 1:] = rate["candidates"].T if "candidates" in rate else 0.0
+        p -= chosen.sum(-1)
     if "log_z" in rate:
         p += rate["log_z"]
     if "entropy" in rate:
@@ -233,7 +238,7 @@ def _rates(models: Models, saved: Named, given: Mapping[str, Tensor]) -> _Rates:
         if entry.key in slopes:
             p -= slopes[entry.key] * entry.form.mean_slope(saved[entry.key])
     p_logp = -rate["entropy"] if "entropy" in rate else None
-    return _Rates(rate.get("logp"), p, p_logp, 2 * rate["sum_squares"] if "sum_squares" in rate else None, slopes)
+    return _Rates(chosen, p, p_logp, 2 * rate["sum_squares"] if "sum_squares" in rate else None, slopes)
 
 
 def _gradient(models: Models, rows: slice, columns: slice, weights: Named, saved: Named, rates: _Rates) -> Tensor:
@@ -242,8 +247,8 @@ def _gradient(models: Models, rows: slice, columns: slice, weights: Named, saved
     def factor(of: Tensor) -> Tensor:
         return of[rows].unsqueeze(-1)
 
-    labels = models.labels[rows]
-    shape = (len(labels), columns.stop - columns.start)
+    ids = models.ids[rows]
+    shape = (len(ids), columns.stop - columns.start)
     logits = models.empty(*shape)
     models.policy.logits(rows, weights[POLICY], columns, out=logits)
     logp = _log_probs(logits, saved, POLICY, rows)
@@ -261,8 +266,8 @@ def _gradient(models: Models, rows: slice, columns: slice, weights: Named, saved
             pair.p = p
         for entry, form in forms:
             gradient.addcmul_(factor(rates.slopes[entry.key]), form.slope(pair, saved[entry.key][:, rows]))
-    if rates.label is not None:
-        place, inside = place_of(labels, columns.start, shape[1])
-        gradient.scatter_add_(-1, place, factor(rates.label) * inside.unsqueeze(-1))
+    if rates.chosen is not None:
+        place, inside = place_of(ids, columns.start, shape[1])
+        gradient.scatter_add_(-1, place, rates.chosen[rows] * inside)
     cap_slope = models.policy.cap_slope(logits)
     return gradient if cap_slope is None else gradient.mul_(cap_slope)

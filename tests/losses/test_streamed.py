@@ -198,6 +198,30 @@ def test_finite_differences() -> None:
     assert torch.autograd.gradcheck(values, small.leaves)
 
 
+def test_candidates() -> None:
+    """Log-probs of more tokens than the label, among them the label."""
+    here = world(bias=True, soft_cap=4.0)
+    candidates = torch.stack([here.labels, (here.labels + 1) % 7000, torch.full_like(here.labels, 6999)], -1)
+    found = here.streamed(("logp",), [], candidates=candidates)
+    truth = dense_logits(here.hidden, here.head).log_softmax(-1).gather(-1, candidates)
+    torch.testing.assert_close(found["candidates"], truth)
+    weights = torch.linspace(-1, 1, truth.numel(), dtype=torch.float64).view_as(truth)
+    pairs = (((weights * x).sum() + y.sum()) for x, y in ((found["candidates"], found["logp"]), (truth, truth[:, 0])))
+    ours, theirs = (torch.autograd.grad(total, here.leaves) for total in pairs)
+    for gradient, expected in zip(ours, theirs, strict=True):
+        assert relative(gradient, expected) < 1e-11
+
+
+def test_candidates_of_skipped_tokens() -> None:
+    here = world(6, 30)
+    candidates = torch.arange(18).view(6, 3)
+    whole = here.streamed(("top1",), [], candidates=candidates)["candidates"]
+    here.labels[::2] = -100
+    found = here.streamed(("top1",), [], candidates=candidates)["candidates"]
+    assert not found[::2].any()
+    torch.testing.assert_close(found[1::2], whole[1::2])
+
+
 # --- digits ----------------------------------------------------------------------------
 
 
@@ -520,7 +544,7 @@ def call(**changes: Any) -> dict[str, Tensor]:
     ("changes", "error", "message"),
     [
         ({"statistics": ["entropi"]}, ConfigError, "statistics: expected one of 'logp', .*, got 'entropi'"),
-        ({"labels": torch.tensor([0, 1, 9, 2])}, ConfigError, "labels: expected ids from 0 to 8 .*, got 9"),
+        ({"labels": torch.tensor([0, 1, 9, 2])}, ConfigError, "labels and candidates: expected ids from 0 to 8, got 9"),
         ({"labels": torch.zeros(2, 2, dtype=torch.long)}, ShapeError, r"hidden: expected \[N, D\]"),
         ({"labels": torch.zeros(5, dtype=torch.long)}, ShapeError, r"hidden: .* = \[5, 3\] .*, got \[4, 3\]"),
         ({"references": {}}, MissingFieldError, r"need hidden states of \['initial'\], got those of \[\]"),
