@@ -60,7 +60,7 @@ def rows_of(folder: RunFolder) -> list[Mapping[str, float]]:
 
 
 class BeforeEachUpdate(TrainerCallback):
-    """Keeps the policy, and the micro-batch that was trained on last, as they are before each update."""
+    """Keeps the policy, and the micro-batches of the step, as they are before each update."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
@@ -69,7 +69,10 @@ class BeforeEachUpdate(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.policies.append({k: v.clone() for k, v in self._trainer.model.state_dict().items()})
-        self.batches.append(self._trainer._buffered_inputs[(self._trainer._step - 1) % args.steps_per_generation])
+        first = (self._trainer._step - args.gradient_accumulation_steps) % args.steps_per_generation
+        window = self._trainer._buffered_inputs[first : first + args.gradient_accumulation_steps]
+        keys = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "rlstab_group")
+        self.batches.append({key: torch.cat([batch[key] for batch in window]) for key in keys})
 
 
 def kl_by_enumeration(
@@ -93,7 +96,8 @@ def kl_by_enumeration(
     values = [value for group in by_prompt.values() for value in group]
     mean = math.fsum(values) / len(values)
     clusters = [math.fsum(value - mean for value in group) for group in by_prompt.values()]
-    return mean, math.sqrt(math.fsum(c * c for c in clusters)) / len(values)
+    few = len(clusters) / (len(clusters) - 1)
+    return mean, math.sqrt(few * math.fsum(c * c for c in clusters)) / len(values)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
