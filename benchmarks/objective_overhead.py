@@ -10,7 +10,7 @@ Three parts:
   in the loss. Objectives of five terms are held against the host with all the terms it has: policy with sampler
   correction, `beta`, entropy bonus;
 - `step`: a whole `training_step` of both on a tiny model, generation included, signals off, from the same seeds;
-- `import`: seconds that `rlstab` and `rlstab.losses` take after torch, in fresh processes.
+- `import`: processor seconds that `rlstab` and `rlstab.losses` take after torch, in fresh processes.
 
 Each round times three trainers one after the other, in every order in turn: the host, rlstab, and the host again in
 a second instance. `ratio` is the median over rounds of rlstab / host, `noise` that of host again / host. On a CPU the
@@ -399,23 +399,25 @@ def measure_steps(bench: Bench, name: str, clock: Clock, seconds: float) -> dict
 
 IMPORT_CODE = """
 import time
-start = time.perf_counter()
+def now():
+    return time.perf_counter(), time.process_time()
+start = now()
 import torch
-middle = time.perf_counter()
+middle = now()
 import {module}
-print(middle - start, time.perf_counter() - middle)
+print(*(b - a for a, b in (*zip(start, middle), *zip(middle, now()))))
 """
 
 
 def measure_import(module: str, processes: int) -> dict[str, Any]:
-    """Seconds of torch, and of what the module adds to it, each in fresh processes."""
-    torchs, added = [], []
-    for _ in range(processes):
-        code = [sys.executable, "-c", IMPORT_CODE.format(module=module)]
-        out = subprocess.run(code, capture_output=True, text=True, check=True).stdout.split()
-        torchs.append(float(out[0]))
-        added.append(float(out[1]))
-    return {"module": module, "target": IMPORT_TARGET, "torch": spread(torchs), "added": spread(added)}
+    """Seconds of torch, and of what the module adds to it, in fresh processes: of the processor, and by the wall."""
+    code = [sys.executable, "-c", IMPORT_CODE.format(module=module)]
+    runs = [subprocess.run(code, capture_output=True, text=True, check=True).stdout.split() for _ in range(processes)]
+    torch_wall, torch_cpu, added_wall, added_cpu = (
+        spread([float(x) for x in column]) for column in zip(*runs, strict=True)
+    )
+    seconds = {"torch": torch_cpu, "added": added_cpu, "torch_wall": torch_wall, "added_wall": added_wall}
+    return {"module": module, "target": IMPORT_TARGET, **seconds}
 
 
 # ---------------------------------------------------------------------- all of it
@@ -485,14 +487,12 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
         loss.add_row(row["case"], row["shape"], *_cells(row))
     for row in results["step"]:
         step.add_row(row["case"], *_cells(row))
-    imports = Table("module", "torch, s", "added, s", "min", "max", title="import")
+    imports = Table("module", "torch, s", "added, s", "min", "max", "added, wall s", title="import")
     for row in results["import"]:
         added = row["added"]
         mark = "*" if added["median"] > row["target"] else ""
-        numbers = [row["torch"]["median"], added["median"], added["min"], added["max"]]
-        imports.add_row(
-            row["module"], f"{numbers[0]:.2f}", f"{numbers[1]:.3f}{mark}", *(f"{x:.3f}" for x in numbers[2:])
-        )
+        numbers = [f"{x:.3f}" for x in (added["min"], added["max"], row["added_wall"]["median"])]
+        imports.add_row(row["module"], f"{row['torch']['median']:.2f}", f"{added['median']:.3f}{mark}", *numbers)
     return [loss, step, imports]
 
 

@@ -139,5 +139,5 @@ class KLCov(Term):
         """The distance to the old log-probs at the chosen tokens."""
         chosen = batch.part(self.selection.key) if self.over == "step" else self.selection.compute(batch)
         distance = (batch.logp("policy") - batch.logp("old")).abs()
-        metrics = {"selected": token_mean(chosen.to(distance.dtype), batch.loss_mask)}
+        metrics = {"selected": token_mean(chosen.to(distance.dtype), batch.token_weight)}
         return Loss(torch.where(chosen, distance, 0.0), metrics)

@@ -37,7 +37,7 @@ class KeptShare(StepStatistic):
 
 def kept_tokens(weights: Sequence[Weight], batch: TokenBatch) -> Float[Tensor, "B T"]:
     """1 for the tokens that all masks keep."""
-    kept = batch.loss_mask.float()
+    kept = batch.token_weight
     for weight in weights:
         kept = kept * weight.factor(batch).values
     return kept
@@ -79,10 +79,10 @@ class EntropyBonus(Term):
     def loss(self, batch: TokenBatch) -> Loss:
         """Minus the entropy of the tokens that are kept, scaled so that the mean is over those alone."""
         entropy = batch.statistic("entropy")
+        if not self.weights:
+            return Loss(-entropy, {"entropy": Sum(entropy.detach().sum(), batch.tokens)})
         kept = kept_tokens(self.weights, batch).to(entropy.dtype)
         metrics = {"entropy": Sum((entropy.detach() * kept).sum(), kept.sum())}
-        if not self.weights:
-            return Loss(-entropy * kept, metrics)
         local = self.mean.over == "micro_batch"
         share = self.share.compute(batch) if local else batch.part(self.share.key)
         return Loss(-entropy * kept / torch.where(share > 0, share, 1.0), metrics)

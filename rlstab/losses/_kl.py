@@ -29,7 +29,7 @@ def kl_estimate(log_ratio: Float[Tensor, "*shape"], *, estimator: Estimator) -> 
         return log_ratio
     if estimator == "k2":
         return log_ratio.square() / 2
-    return torch.exp(-log_ratio) - 1 + log_ratio
+    return torch.expm1(-log_ratio) + log_ratio
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,7 @@
 """Logarithms that stay accurate where their argument is near 0, and finite where it would overflow."""
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -7,6 +9,7 @@ from torch import Tensor
 LARGE = 80.0  # exp(LARGE) still fits float32
 SERIES_BELOW = 0.4
 SERIES_TERMS = 13
+SERIES_TERMS_FLOAT32 = 9
 
 
 def log1mexp(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -51,7 +54,10 @@ def power_series(x: Float[Tensor, "*shape"], factors: list[float]) -> Float[Tens
     >>> power_series(torch.tensor([0.1]), [1.0, 1.0])
     tensor([0.0052])
     """
-    total = torch.zeros_like(x)
-    for n, factor in reversed(list(enumerate(factors, start=2))):
-        total = (total + factor) * x / n
-    return total * x
+    coefficients = [factor / math.factorial(n) for n, factor in enumerate(factors, start=2)]
+    if x.dtype != torch.float64:
+        coefficients = coefficients[:SERIES_TERMS_FLOAT32]
+    total = torch.full_like(x, coefficients[-1])
+    for coefficient in coefficients[-2::-1]:
+        total = total * x + coefficient
+    return total * x * x

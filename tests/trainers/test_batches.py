@@ -1,0 +1,49 @@
+"""From the host's dictionaries to token batches: what is zero outside the loss, and who sees to it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from equality import CASES, build
+
+from rlstab.trainers import _batches
+
+
+def micro_batch(name: str, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The trainer of a case, and the first micro-batch that its loss would see."""
+    trainer = build(CASES[name], folder, host=False)
+    trainer.model.train()
+    return trainer, trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+
+
+@pytest.mark.parametrize("name", ["dapo", "truncated-masked", "temperature", "moe", "peft", "dapo-token_truncate"])
+def test_the_host_scores_padding_as_zero(name: str, tmp_path: Path) -> None:
+    trainer, inputs = micro_batch(name, tmp_path)
+    outside = ~_batches.completion_masks(inputs)[1]
+    assert outside.any()
+    logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
+        trainer.model, **_batches.model_inputs(inputs), compute_entropy=True
+    )
+    assert logps[outside].count_nonzero() == entropies[outside].count_nonzero() == 0
+    assert logps[~outside].all()
+
+
+@pytest.mark.parametrize("name", ["dapo-kl", "tool-mask", "dapo-token_truncate", "truncated-masked"])
+def test_what_travels_with_a_generation_is_zero_outside_the_loss(name: str, tmp_path: Path) -> None:
+    _, inputs = micro_batch(name, tmp_path)
+    outside = ~_batches.completion_masks(inputs)[1]
+    carried = [inputs[key] for key in _batches.HOST_LOGPS if key in inputs]
+    assert carried
+    assert outside.any()
+    assert all(logps[outside].count_nonzero() == 0 for logps in carried)
+
+
+def test_tokens_of_tools_are_scored_and_leave_no_trace(tmp_path: Path) -> None:
+    trainer, inputs = micro_batch("tool-mask", tmp_path)
+    mask, loss_mask = _batches.completion_masks(inputs)
+    tools = mask & ~loss_mask
+    logps = trainer._get_per_token_logps_and_entropies(trainer.model, **_batches.model_inputs(inputs))[0]
+    assert logps[tools].all()
+    cleaned = _batches.token_batch(inputs, logps={"policy": logps})
+    assert torch.equal(cleaned.logp("policy"), torch.where(loss_mask, logps, 0.0))
