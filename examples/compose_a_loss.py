@@ -7,25 +7,23 @@ from dataclasses import dataclass
 
 import torch
 
-from rlstab.batch import LogProbs, TokenBatch
-from rlstab.losses import ClippedSurrogate, JensenShannon, Loss, Objective, Term, TruncatedIS
+from rlstab.batch import Requirement, TokenBatch, VocabStat
+from rlstab.losses import ClippedSurrogate, JensenShannon, Loss, Objective, Term, TruncatedIS, token_mean
 
 
 @dataclass(frozen=True, kw_only=True)
-class LengthPull(Term):
-    """A term of your own: make tokens beyond a length less likely."""
+class EntropyFloor(Term):
+    """A term of your own: push entropy up where it falls below a floor, in nats."""
 
-    length: int
+    floor: float
 
     @property
-    def requires(self) -> frozenset[LogProbs]:
-        """It reads the policy's log-probs and nothing else."""
-        return frozenset({LogProbs("policy")})
+    def requires(self) -> frozenset[Requirement]:
+        return frozenset({VocabStat("entropy")})
 
     def loss(self, batch: TokenBatch) -> Loss:
-        """The log-prob of every token that comes too late."""
-        late = torch.arange(batch.shape[1]) >= self.length
-        return Loss(batch.logp("policy") * late, metrics={})
+        missing = (self.floor - batch.vocab["entropy"]).clamp(min=0)
+        return Loss(missing, metrics={"below": token_mean((missing > 0).float(), batch.token_weight)})
 
 
 def main() -> None:
@@ -33,16 +31,20 @@ def main() -> None:
     objective = Objective(
         policy=ClippedSurrogate(low=0.2, high=0.28, weights=[TruncatedIS(max=2.0)]).mean("token"),
         drift=0.05 * JensenShannon(reference="initial").mean("token"),
-        length=0.01 * LengthPull(length=3),
+        floor=0.1 * EntropyFloor(floor=1.0),
     )
     print("needs:", ", ".join(sorted(str(need) for need in objective.requires)))
 
-    policy = torch.tensor([[-0.6, -0.5, -0.9, -0.7], [-2.1, -0.3, -1.2, 0.0]], requires_grad=True)
-    old = torch.tensor([[-0.7, -0.9, -0.2, -0.7], [-1.4, -0.7, -1.2, 0.0]])
+    logits = torch.normal(0.0, 2.0, (2, 4, 5), generator=torch.Generator().manual_seed(0)).requires_grad_()
+    distribution = torch.distributions.Categorical(logits=logits)
+    tokens = torch.tensor([[3, 1, 4, 1], [0, 2, 1, 0]])
+    policy = distribution.log_prob(tokens)
+    old = policy.detach() + torch.tensor([[-0.1, -0.4, 0.7, 0.0], [0.7, -0.4, 0.0, 0.0]])
     batch = TokenBatch(
         mask=torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
         advantages=torch.tensor([1.0, -1.0]),
         logps={"policy": policy, "old": old, "sampler": old + 0.05, "initial": old - 0.1},
+        vocab={"entropy": distribution.entropy()},
     )
     loss, terms = objective(batch)
     loss.backward()
@@ -50,8 +52,8 @@ def main() -> None:
     for name, report in terms.items():
         metrics = ", ".join(f"{key} {metric.value().item():.3g}" for key, metric in report.metrics.items())
         print(f"  {name:8s} {report.weight:g} x {report.loss.item():+.4f}   {metrics}")
-    print("gradient of the log-probs:")
-    print(policy.grad)
+    print("gradient of each token's logits, its norm:")
+    print(torch.linalg.vector_norm(logits.grad, dim=-1))
 
 
 if __name__ == "__main__":

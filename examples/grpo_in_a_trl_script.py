@@ -11,8 +11,7 @@ import tempfile
 import torch
 
 from rlstab.losses import ClippedSurrogate, ForwardKL, GroupNorm, Objective, TruncatedIS
-from rlstab.models import tiny_causal_lm, tiny_tokenizer
-from rlstab.recipes import WarmUp, warm_up
+from rlstab.recipes import TinyModel, WarmUp, warm_up
 from rlstab.rollouts import TransformersEngine
 from rlstab.tasks import SortDigits
 from rlstab.trainers import GRPOConfig, StableGRPOTrainer
@@ -22,8 +21,7 @@ def main(steps: int = 20) -> None:
     """Train for a few steps and print how the reward and the objective moved."""
     torch.set_num_threads(1)  # a model this small is slower on two
     task = SortDigits(digits=6)
-    tokenizer = tiny_tokenizer(task.alphabet)
-    model = tiny_causal_lm(tokenizer, seed=0)
+    model, tokenizer = TinyModel().load(task, seed=0)
     warm_up(model, tokenizer, task, WarmUp(steps=300 if steps >= 20 else 5))
 
     trainer = StableGRPOTrainer(
@@ -34,18 +32,12 @@ def main(steps: int = 20) -> None:
             max_steps=steps,
             per_device_train_batch_size=64,
             steps_per_generation=2,
-            num_generations=8,
             max_completion_length=8,
             learning_rate=5e-4,
-            temperature=1.0,
-            top_k=0,
             bf16=False,
             use_cpu=True,
             gradient_checkpointing=False,
             logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
         ),
         train_dataset=task.prompts(512),
         processing_class=tokenizer,

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import torch
 
-from rlstab.models import tiny_causal_lm, tiny_tokenizer
-from rlstab.recipes import WarmUp, warm_up
+from rlstab.recipes import TinyModel, WarmUp, warm_up
 from rlstab.record import RunFolder
 from rlstab.report import write_plots
 from rlstab.rollouts import TransformersEngine
@@ -26,8 +25,7 @@ def main(steps: int = 30) -> None:
     """Train, print the drift as it was measured, and draw it."""
     torch.set_num_threads(1)  # a model this small is slower on two
     task = SortDigits(digits=6)
-    tokenizer = tiny_tokenizer(task.alphabet)
-    model = tiny_causal_lm(tokenizer, seed=0)
+    model, tokenizer = TinyModel().load(task, seed=0)
     warm_up(model, tokenizer, task, WarmUp(steps=300 if steps >= 30 else 5))
     folder = Path(tempfile.mkdtemp()) / "run"
     run = RunFolder.create(folder, config_text="example: watch_kl_drift\n")
@@ -39,17 +37,11 @@ def main(steps: int = 30) -> None:
             output_dir=str(run.checkpoints),
             max_steps=steps,
             per_device_train_batch_size=64,
-            num_generations=8,
             max_completion_length=8,
             learning_rate=5e-4,
-            temperature=1.0,
-            top_k=0,
             bf16=False,
             use_cpu=True,
             gradient_checkpointing=False,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
         ),
         train_dataset=task.prompts(512),
         processing_class=tokenizer,

@@ -24,8 +24,8 @@ def output_of(name: str, *arguments: str) -> str:
 def test_compose_a_loss() -> None:
     text = output_of("compose_a_loss.py")
     assert "LogProbs(source='sampler')" in text
-    assert all(f"  {name} " in text for name in ("policy", "drift", "length"))
-    assert "gradient of the log-probs" in text
+    assert all(f"  {name} " in text for name in ("policy", "drift", "floor"))
+    assert "gradient of each token" in text
 
 
 @pytest.mark.parametrize(
