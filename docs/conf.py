@@ -19,6 +19,7 @@ extensions = [
     "myst_parser",
     "markdown_docstrings",
     "public_api",
+    "generated_tables",
     "tested_combinations",
 ]
 public_api_package = "rlstab"
