@@ -66,7 +66,7 @@ def renormalised_logprobs(
 ) -> Float[Tensor, "*shape"]:
     r"""Log-probs of tokens under a policy truncated to a kept set of tokens.
 
-    .. math:: \log \tilde\pi(a) = z_a - \log \sum_{k \in K} e^{z_k}
+    $\log \tilde\pi(a) = z_a - \log \sum_{k \in K} e^{z_k}$
 
     for logits z and the kept set K of the position, which must hold the token a. With sampler and trainer on the same
     sets, ratios and gradients are those of the truncated policy, without bias; a ratio against untruncated log-probs
