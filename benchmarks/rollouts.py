@@ -2,10 +2,10 @@
 
     python benchmarks/rollouts.py [--rounds N] [--json FILE]
 
-One thread, the tiny dense model of `rlstab.models`, 32 prompts with 8 completions each. The backend is `model.generate`
-with the settings that TRL gives it, and the unpadded lists that TRL makes of its result. Where lengths vary, a stopping
-criterion ends each row of `generate` at the length at which the engine's request ends. A ratio above 1 means that the
-engine is faster; beside it stands the ratio of the backend against itself, which is the noise of the machine.
+One thread, the tiny dense model of `rlstab.models`, batches of 32 prompts with 8 completions each. The backend is
+`model.generate` with the settings that TRL gives it, and the unpadded lists that TRL makes of its result. Where lengths
+vary, a stopping criterion ends each row of `generate` at the length at which the engine's request ends. A ratio above 1
+means that the engine is faster; beside it stands the ratio of the backend against itself, the noise of the machine.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ from transformers import (
 from rlstab.models import tiny_causal_lm, tiny_tokenizer
 from rlstab.rollouts import Request, Sampling, TransformersEngine
 
-PROMPTS, GROUP = 32, 8
-CASES = {"lengths equal": (64, 64), "lengths 20 to 200": (20, 200)}
+BATCH, GROUP = 256, 8
+CASES = {"lengths equal": (1, 64, 64), "lengths 20 to 200": (1, 20, 200), "the same, 3 batches": (3, 20, 200)}
+"""Number of batches, shortest and longest completion."""
 
 
-class RowLimits(StoppingCriteria):  # type: ignore[misc]
+class RowLimits(StoppingCriteria):
     """Ends each row at a length of its own."""
 
     def __init__(self, lengths: Tensor) -> None:
@@ -46,18 +47,23 @@ class RowLimits(StoppingCriteria):  # type: ignore[misc]
         return input_ids.shape[1] >= self.lengths
 
 
-def requests_of(low: int, high: int) -> list[Request]:
+def requests_of(batches: int, low: int, high: int) -> list[Request]:
     """Prompts of 8 to 24 tokens; limits spread evenly over the range."""
     rng = random.Random(0)
-    prompts = [[rng.randrange(3, 16) for _ in range(rng.randint(8, 24))] for _ in range(PROMPTS)]
-    count = PROMPTS * GROUP
+    count = batches * BATCH
+    prompts = [[rng.randrange(3, 16) for _ in range(rng.randint(8, 24))] for _ in range(count // GROUP)]
     limits = [low + (high - low) * place // (count - 1) for place in range(count)]
     rng.shuffle(limits)
     return [Request(prompt_ids=prompts[i // GROUP], max_new_tokens=limit) for i, limit in enumerate(limits)]
 
 
 def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, requests: Sequence[Request]) -> int:
-    """The backend, called as TRL calls it; returns the number of tokens."""
+    """The backend, called as TRL calls it, batch after batch; returns the number of tokens."""
+    starts = range(0, len(requests), BATCH)
+    return sum(generate_batch(model, tokenizer, requests[start : start + BATCH]) for start in starts)
+
+
+def generate_batch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, requests: Sequence[Request]) -> int:
     limits = [request.max_new_tokens or 0 for request in requests]
     width = max(len(request.prompt_ids) for request in requests)
     ids = torch.full((len(requests), width), cast(int, tokenizer.pad_token_id))
@@ -115,24 +121,25 @@ def compare(engine: Callable[[], int], backend: Callable[[], int], rounds: int) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="file for the numbers")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer = tiny_tokenizer("0123456789+= ")
     model = tiny_causal_lm(tokenizer)
-    engine = TransformersEngine(model, tokenizer)
+    engine = TransformersEngine(model, tokenizer, slots=BATCH)
     results: dict[str, dict[str, float]] = {}
-    for name, (low, high) in CASES.items():
-        requests = requests_of(low, high)
-        results[f"transformers, {name}"] = compare(
+    for name, case in CASES.items():
+        requests = requests_of(*case)
+        results[f"transformers, {name}"] = row = compare(
             lambda requests=requests: engine_generate(engine, requests),  # type: ignore[misc]
             lambda requests=requests: generate(model, tokenizer, requests),  # type: ignore[misc]
             arguments.rounds,
         )
-    print(f"{'engine':32}" + "".join(f"{column:>19}" for column in next(iter(results.values()))))
-    for name, row in results.items():
-        print(f"{name:32}" + "".join(f"{value:19.2f}" if value < 100 else f"{value:19.0f}" for value in row.values()))
+        if len(results) == 1:
+            print(" " * 34 + "".join(f"{column:>19}" for column in row))
+        cells = (f"{value:19.2f}" if value < 100 else f"{value:19.0f}" for value in row.values())
+        print(f"transformers, {name:20}" + "".join(cells), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results))

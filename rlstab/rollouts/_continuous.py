@@ -6,10 +6,11 @@ all rows from one random stream, so that a completion depends on what else is in
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,9 @@ IDLE_SHARE = 4
 
 ROOM = 32
 """Fewest columns of room that a cache is given, unless its rows cannot need as many."""
+
+FORWARD = 4096
+"""Columns of padding, summed over rows, that cost a CPU about as much time as one more forward of a tiny model."""
 
 
 class _State(NamedTuple):
@@ -48,11 +52,16 @@ class _State(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Rows on their way into a batch."""
+    """Rows on their way into a batch, right-aligned in their cache."""
 
     answers: list[Answer]
     state: _State
-    rows: Rows
+    cache: RowCache
+    chosen: Tensor
+
+    def take(self, index: Tensor) -> _Part:
+        answers = [self.answers[row] for row in index.tolist()]
+        return _Part(answers, self.state.take(index), self.cache, self.chosen[index])
 
 
 @dataclass
@@ -64,6 +73,10 @@ class _Batch:
     cache: RowCache
     attending: Tensor
     columns: int
+    before: Tensor  # positions when the batch was put together
+    finished: int
+    draws: list[Draw] = field(default_factory=list)
+    clock: list[float] = field(default_factory=list)
 
     @property
     def full(self) -> bool:
@@ -98,47 +111,68 @@ class Decoder:
     def run(self, answers: Iterable[Answer]) -> None:
         """Answer all of them, in place."""
         waiting = deque(answers)
-        batch = self._exchange(None, waiting)
-        while batch is not None:
-            self._decode(batch)
-            batch = self._exchange(batch, waiting)
+        batches = self._exchange([], waiting)
+        while batches:
+            self._decode(batches)
+            batches = self._exchange(batches, waiting)
 
-    def _exchange(self, batch: _Batch | None, waiting: deque[Answer]) -> _Batch | None:
-        """Let finished rows go, fill their places, and make room for more columns; None when all is done."""
-        parts = [] if batch is None else list(_unfinished(batch))
-        free = self._slots - sum(len(part.answers) for part in parts)
-        parts += self._prefill([waiting.popleft() for _ in range(min(free, len(waiting)))])
+    def _exchange(self, batches: Sequence[_Batch], waiting: deque[Answer]) -> list[_Batch]:
+        """Let finished rows go, fill their places, and put rows of similar length together, with room for more."""
+        parts = [part for batch in batches for part in _unfinished(batch)]
+        parts += self._prefill([waiting.popleft() for _ in range(self._admitted(parts, waiting))])
         if not parts:
-            return None
-        state = _State(*map(torch.cat, zip(*(part.state for part in parts), strict=True)))
-        width = max(part.rows.width for part in parts)
-        needed = int((state.limits - state.drawn).max())
-        capacity = width + min(needed, max(ROOM, width // 2))
-        columns = torch.arange(capacity, device=state.positions.device)
-        return _Batch(
-            answers=[answer for part in parts for answer in part.answers],
-            state=state,
-            cache=join_rows([part.rows for part in parts], capacity=capacity),
-            attending=columns >= width - state.positions[:, None],
-            columns=width,
-        )
+            return []
+        lengths = torch.cat([part.state.positions for part in parts]).tolist()
+        group_of = torch.tensor(_groups(lengths, self._forward_cost(parts[0].cache)), device=self._model.device)
+        pieces = group_of.split([len(part.answers) for part in parts])
+        return [
+            _assembled([part.take(rows) for part, rows in _members(parts, pieces, group)])
+            for group in range(int(group_of.max()) + 1)
+        ]
 
-    def _decode(self, batch: _Batch) -> None:
-        """Draw until enough rows are done to exchange them, or until there is no room left."""
-        before, draws, clock = batch.state.positions, list[Draw](), list[float]()
-        enough = -(-len(batch.answers) // IDLE_SHARE)
-        while not batch.full and int(batch.state.done.sum()) < enough:
-            state = batch.state
-            batch.columns += 1
-            mask = batch.attending[:, : batch.columns]
-            logits = self._forward(state.token_ids[:, None], mask, state.positions[:, None], batch.cache)
-            drawn = draw(logits, uniforms(state.streams, state.drawn), self._sampling)
-            batch.state = self._marked(
-                state._replace(token_ids=drawn.token_ids, positions=state.positions + ~state.done)
-            )
-            draws.append(drawn)
-            clock.append(time.perf_counter())
-        record(batch.answers, draws, (batch.state.positions - before).tolist(), clock)
+    def _admitted(self, parts: Sequence[_Part], waiting: Sequence[Answer]) -> int:
+        """How many prompts join: all that have a place, if they are no burden to the rows that are on their way.
+
+        They are none if the padding that they would bring costs less than forwards of their own, or if so few rows are
+        left that the prompts make a batch of their own.
+        """
+        running = sum(len(part.answers) for part in parts)
+        ready = min(self._slots - running, len(waiting))
+        if ready and running * IDLE_SHARE > self._slots:
+            longest = max(int(part.state.positions.max()) for part in parts)
+            padding = ready * (longest - len(waiting[0].prompt))
+            return ready if padding <= self._forward_cost(parts[0].cache) else 0
+        return ready
+
+    def _forward_cost(self, cache: RowCache) -> int:
+        """How many columns of padding cost as much time as one more forward.
+
+        On a CPU both cost the memory that they read: the weights, and the keys and values. On an accelerator the many
+        small kernels of a forward cost far more than any padding.
+        """
+        if self._model.device.type != "cpu":
+            return sys.maxsize
+        return max(FORWARD, self._model.num_parameters() // cache.column_size)
+
+    def _decode(self, batches: Sequence[_Batch]) -> None:
+        """Draw until enough rows are done to exchange them, or until a batch has no room left."""
+        enough = -(-sum(len(batch.answers) for batch in batches) // IDLE_SHARE)
+        while not any(batch.full for batch in batches) and sum(batch.finished for batch in batches) < enough:
+            for batch in batches:
+                self._step(batch)
+        for batch in batches:
+            record(batch.answers, batch.draws, (batch.state.positions - batch.before).tolist(), batch.clock)
+
+    def _step(self, batch: _Batch) -> None:
+        state = batch.state
+        batch.columns += 1
+        mask = batch.attending[:, : batch.columns]
+        logits = self._forward(state.token_ids[:, None], mask, state.positions[:, None], batch.cache)
+        drawn = draw(logits, uniforms(state.streams, state.drawn), self._sampling)
+        batch.state = self._marked(state._replace(token_ids=drawn.token_ids, positions=state.positions + ~state.done))
+        batch.finished = int(batch.state.done.sum())
+        batch.draws.append(drawn)
+        batch.clock.append(time.perf_counter())
 
     def _prefill(self, answers: Sequence[Answer]) -> Iterator[_Part]:
         """Put prompts through the model, each once however many requests share it, and draw the first tokens."""
@@ -170,7 +204,7 @@ class Decoder:
             streams=streams,
             done=torch.zeros_like(rows, dtype=torch.bool),
         )
-        return _Part(answers, self._marked(state), Rows(cache, rows, width))
+        return _Part(answers, self._marked(state), cache, rows)
 
     def _forward(self, token_ids: Tensor, mask: Tensor, positions: Tensor, cache: RowCache) -> Tensor:
         logits: Tensor = self._model(
@@ -191,11 +225,48 @@ class Decoder:
 
 
 def _unfinished(batch: _Batch) -> Iterator[_Part]:
-    index = (~batch.state.done).nonzero().squeeze(-1)
-    if len(index):
-        state = batch.state.take(index)
-        answers = [batch.answers[row] for row in index.tolist()]
-        yield _Part(answers, state, Rows(batch.cache, index, int(state.positions.max())))
+    rows = (~batch.state.done).nonzero().squeeze(-1)
+    if len(rows):
+        everything = torch.arange(len(batch.answers), device=rows.device)
+        yield _Part(batch.answers, batch.state, batch.cache, everything).take(rows)
+
+
+def _groups(lengths: Sequence[int], forward_cost: int) -> list[int]:
+    """The group of each row: rows of similar length, as many as their padding costs less than another forward."""
+    group_of = [0] * len(lengths)
+    group = size = padding = longest = 0
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        padding += size * (lengths[row] - longest)
+        longest = lengths[row]
+        if padding > forward_cost:
+            group, size, padding = group + 1, 0, 0
+        group_of[row] = group
+        size += 1
+    return group_of
+
+
+def _members(parts: Sequence[_Part], groups: Sequence[Tensor], group: int) -> Iterator[tuple[_Part, Tensor]]:
+    for part, group_of in zip(parts, groups, strict=True):
+        rows = (group_of == group).nonzero().squeeze(-1)
+        if len(rows):
+            yield part, rows
+
+
+def _assembled(parts: Sequence[_Part]) -> _Batch:
+    state = _State(*map(torch.cat, zip(*(part.state for part in parts), strict=True)))
+    width = int(state.positions.max())
+    needed = int((state.limits - state.drawn).max())
+    capacity = width + min(needed, max(ROOM, width // 2))
+    rows = [Rows(part.cache, part.chosen, int(part.state.positions.max())) for part in parts]
+    return _Batch(
+        answers=[answer for part in parts for answer in part.answers],
+        state=state,
+        cache=join_rows(rows, capacity=capacity),
+        attending=torch.arange(capacity, device=state.positions.device) >= width - state.positions[:, None],
+        columns=width,
+        before=state.positions,
+        finished=int(state.done.sum()),
+    )
 
 
 def _chunks(prompts: Sequence[tuple[int, ...]], tokens: int) -> Iterator[list[tuple[int, ...]]]:

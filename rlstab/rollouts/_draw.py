@@ -59,11 +59,15 @@ def draw(logits: Float[Tensor, "B V"], uniform: Float[Tensor, "B"], sampling: Sa
     """
     greedy = sampling.temperature == 0
     logprobs = torch.log_softmax(logits.float() if greedy else logits.float() / sampling.temperature, -1)
-    kept = _kept(logprobs, sampling) if sampling.truncated else None
-    possible = logprobs if kept is None else logprobs.masked_fill(~kept, -torch.inf)
+    possible = logprobs
+    if sampling.forbidden_ids:
+        possible = logprobs.index_fill(-1, torch.tensor(sampling.forbidden_ids, device=logits.device), -torch.inf)
+    if sampling.truncated:
+        possible = possible.masked_fill(~_kept(possible, sampling), -torch.inf)
     token_ids = possible.argmax(-1) if greedy else _invert(possible, uniform)
     chosen = logprobs.gather(-1, token_ids[:, None]).squeeze(-1)
-    if kept is not None and sampling.truncation == "renormalise":
+    if sampling.truncated and sampling.truncation == "renormalise":
+        kept = possible > -torch.inf
         sets = KeptSets(kept.nonzero()[:, 1].cpu(), kept.sum(-1).cpu())
         return Draw(token_ids, chosen - possible.logsumexp(-1), sets)
     return Draw(token_ids, chosen, None)

@@ -77,6 +77,8 @@ class Sampling:
         min_p: keep tokens of at least this share of the largest probability; 0 is off.
         truncation: what to do where one of the three is on.
         stop_ids: tokens that end a completion and belong to it; by default the engine's end-of-sequence tokens.
+        forbidden_ids: tokens that are never drawn, such as placeholders of images, which a trainer could not read back.
+            Meant for tokens of next to no probability: the log-probs of the others do not make up for it.
         seed: seed of the call. The same seed gives the same completions; by default one is drawn from torch's global
             generator, so that a run that restores the generator repeats its samples.
 
@@ -97,6 +99,7 @@ class Sampling:
     min_p: float = 0.0
     truncation: Truncation = "refuse"
     stop_ids: tuple[int, ...] | None = None
+    forbidden_ids: tuple[int, ...] = ()
     seed: int | None = None
 
     def __post_init__(self) -> None:

@@ -67,6 +67,11 @@ class RowCache(Cache):
         super().__init__(layers=list(rows))
         self.rows = tuple(rows)
 
+    @property
+    def column_size(self) -> int:
+        """How many numbers one token of one row takes."""
+        return sum(states.shape[1] * states.shape[3] for layer in self.rows for states in layer.past())
+
 
 class Rows(NamedTuple):
     """Rows to be taken over from a cache: which ones, and how many of the last columns hold their tokens."""

@@ -61,6 +61,18 @@ def test_each_token_of_a_thin_tail_can_be_drawn() -> None:
     assert sorted(drawn.token_ids.tolist()) == list(range(1, 1001))
 
 
+def test_forbidden_tokens_are_never_drawn() -> None:
+    grid = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    logits = torch.tensor([0.1, 0.6, 0.3]).log().expand(1000, -1)
+    drawn = draw(logits, grid, dataclasses.replace(PLAIN, forbidden_ids=(1,)))
+    assert drawn.token_ids.bincount().tolist() == [250, 0, 750]
+    torch.testing.assert_close(drawn.logprobs, logits[0, drawn.token_ids])
+    cut = Sampling(max_new_tokens=1, top_k=2, truncation="renormalise", forbidden_ids=(1,))
+    kept = draw(logits, grid, cut).kept
+    assert kept is not None
+    assert kept.split()[0].tolist() == [0, 2]
+
+
 def test_log_probs_are_those_of_the_temperature() -> None:
     logits = torch.tensor([[1.0, 2.0, 4.0]])
     drawn = draw(logits, NOTHING, dataclasses.replace(PLAIN, temperature=2.0))
