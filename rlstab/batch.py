@@ -17,7 +17,18 @@ from torch import Tensor
 
 from rlstab.errors import MissingFieldError, ShapeError
 
-__all__ = ["COLUMNS", "Column", "Count", "LogProbs", "Requirement", "Scope", "TokenBatch", "VocabStat"]
+__all__ = [
+    "COLUMNS",
+    "Column",
+    "Count",
+    "ExactDivergence",
+    "Generator",
+    "LogProbs",
+    "Requirement",
+    "Scope",
+    "TokenBatch",
+    "VocabStat",
+]
 
 #: What a mean counts: the whole optimizer step, the generation batch, or the micro-batch at hand.
 Scope = Literal["step", "generation", "micro_batch"]
