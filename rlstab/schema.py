@@ -59,7 +59,7 @@ def _with_se(mean: Signal) -> tuple[Signal, Signal]:
         mean,
         key=f"{mean.key}_se",
         meaning=f"standard error of {mean.key}, clustered by prompt",
-        formula="√(Σ_prompts (Σ_values (x − mean))²) / N over N values x",
+        formula="√(G / (G − 1) · Σ_prompts (Σ_values (x − mean))²) / N over N values x of G > 1 prompts",
         direction="none",
     )
     return error, mean
@@ -102,7 +102,7 @@ _MISMATCH = (
     Signal(
         "mismatch/ess_token",
         "share of the tokens that importance weighting by ρ would leave effective",
-        formula="(Σ ρ)² / (N · Σ ρ²) over tokens, not clamped",
+        formula="(Σ ρ)² / (N · Σ ρ²) over tokens, with no bound on ρ",
         unit="fraction",
         direction="higher",
         reduction="min",
@@ -111,7 +111,7 @@ _MISMATCH = (
     Signal(
         "mismatch/ess_sequence",
         "share of the completions that importance weighting of whole sequences would leave effective",
-        formula="(Σ w)² / (n · Σ w²) over n sequences, w = exp(Σ_t Δ_t), not clamped",
+        formula="(Σ w)² / (n · Σ w²) over n sequences, w = exp(Σ_t Δ_t), with no bound on w",
         unit="fraction",
         direction="higher",
         reduction="min",
@@ -129,7 +129,7 @@ _MISMATCH = (
     ),
     Signal(
         "mismatch/unscored",
-        "tokens that the sampler could not score; they are left out of every mismatch signal",
+        "tokens without a sampler log-prob (NaN or −inf); they are left out of every mismatch signal",
         unit="tokens",
         direction="lower",
         reduction="sum",
@@ -221,7 +221,7 @@ _OBJECTIVE = (
     ),
     Signal(
         "objective/<term>/unscored",
-        "tokens that the term <term> leaves out because the sampler could not score them",
+        "tokens that the term <term> leaves out because what drew them has no log-prob (NaN or −inf)",
         unit="tokens",
         direction="lower",
         reduction="sum",

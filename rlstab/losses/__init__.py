@@ -57,7 +57,7 @@ from rlstab.losses._exact import CauchySchwarz, exact_divergence, exact_kl, exac
 from rlstab.losses._kl import KL, kl_estimate
 from rlstab.losses._mean import Mean
 from rlstab.losses._metrics import Hist, Max, Metric, Min, Sum, Total, token_mean
-from rlstab.losses._mismatch import clustered_mean, mismatch_rows, mismatch_values
+from rlstab.losses._mismatch import clustered_mean, clustered_ratio, mismatch_rows, mismatch_values
 from rlstab.losses._objective import Objective, ObjectiveLoss, TermReport
 from rlstab.losses._parts import Needs, Part, Prepared, RolloutPart, StepStatistic, prepared_parts, run_parts
 from rlstab.losses._policy_gradient import (
@@ -181,6 +181,7 @@ __all__ = [
     "Weight",
     "clipped_surrogate",
     "clustered_mean",
+    "clustered_ratio",
     "covariance",
     "exact_divergence",
     "exact_kl",

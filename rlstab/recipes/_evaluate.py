@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from rlstab.errors import ConfigError
+from rlstab.losses import clustered_ratio
 from rlstab.models import isolated_rng
 from rlstab.tasks import Task
 
@@ -300,15 +301,10 @@ def _pass_estimate(judged: Sequence[Sequence[float]], k: int) -> Estimate:
 
 
 def _ratio(numerators: Sequence[float], denominators: Sequence[int]) -> Estimate:
-    """Σ num / Σ den over prompts, with the linearised standard error of a ratio of clustered sums."""
-    count, total = len(numerators), sum(denominators)
-    if total == 0:
-        return Estimate(mean=math.nan, se=math.nan)
-    mean = math.fsum(numerators) / total
-    residuals = (num - mean * den for num, den in zip(numerators, denominators, strict=True))
-    spread = math.fsum(residual**2 for residual in residuals)
-    se = math.sqrt(spread * count / (count - 1)) / total if count > 1 else math.nan
-    return Estimate(mean=mean, se=se)
+    """Σ num / Σ den over prompts, with its standard error."""
+    sums, counts = (torch.tensor(numbers, dtype=torch.float64) for numbers in (numerators, denominators))
+    mean, se = clustered_ratio(sums, counts, torch.arange(len(sums)))
+    return Estimate(mean=mean.item(), se=se.item())
 
 
 def _check(*, samples: int, ks: Sequence[int], temperature: float, max_new_tokens: int, prompts: int) -> None:
