@@ -5,10 +5,14 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib.metadata import Distribution, distribution
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,14 +39,55 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh virtual environment with the wheel, and the dependencies of the environment that runs the tests."""
+    """A fresh virtual environment with the wheel, what it declares, what that declares, and nothing else."""
     folder = tmp_path_factory.mktemp("environment")
     run([sys.executable, "-m", "venv", "--without-pip", folder], folder)
     pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin/python")]
     run([*pip, "install", "--no-deps", "--no-index", wheel], folder)
-    (site,) = folder.glob("lib/python*/site-packages")
-    (site / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    for dependency in closure(installed(folder)):
+        link_files(dependency, site_packages(folder))
     return folder
+
+
+def site_packages(environment: Path) -> Path:
+    (site,) = environment.glob("lib/python*/site-packages")
+    return site
+
+
+def installed(environment: Path) -> Distribution:
+    """The wheel as it stands in an environment."""
+    (metadata,) = site_packages(environment).glob("rlstab-*.dist-info")
+    return Distribution.at(metadata)
+
+
+def requirements(package: Distribution, extras: Sequence[str] = ()) -> Iterator[Requirement]:
+    """What a distribution declares to need on this machine, with some of its extras."""
+    for line in package.requires or ():
+        needed = Requirement(line)
+        if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in ("", *extras)):
+            yield needed
+
+
+def closure(package: Distribution) -> list[Distribution]:
+    """All that a distribution needs, directly or not, from the environment that runs the tests."""
+    found: dict[str, Distribution] = {}
+    seen: set[tuple[str, tuple[str, ...]]] = set()
+    waiting = list(requirements(package))
+    while waiting:
+        needed = waiting.pop()
+        name, extras = canonicalize_name(needed.name), tuple(sorted(needed.extras))
+        if (name, extras) not in seen:
+            seen.add((name, extras))
+            found[name] = distribution(name)
+            waiting += requirements(found[name], extras)
+    return list(found.values())
+
+
+def link_files(package: Distribution, site: Path) -> None:
+    """Put the files of a distribution into another environment, as links."""
+    for top in {file.parts[0] for file in package.files or ()} - {"..", "__pycache__"}:
+        if not top.endswith(".pth") and not (site / top).exists():
+            (site / top).symlink_to(Path(str(package.locate_file(top))).resolve())
 
 
 def version_of(wheel: Path) -> str:
@@ -67,3 +112,29 @@ def test_the_installed_wheel_imports(wheel: Path, environment: Path, tmp_path: P
 
 def test_the_installed_command_runs(wheel: Path, environment: Path, tmp_path: Path) -> None:
     assert version_of(wheel) in run([environment / "bin/rlstab", "--version"], tmp_path)
+
+
+def test_what_the_wheel_declares_is_here_in_range(environment: Path) -> None:
+    needed = list(requirements(installed(environment)))
+    assert {"torch", "transformers", "trl"} <= {requirement.name for requirement in needed}
+    assert "vllm" not in {requirement.name for requirement in needed}
+    versions = {requirement: distribution(requirement.name).version for requirement in needed}
+    assert [str(requirement) for requirement, found in versions.items() if found not in requirement.specifier] == []
+
+
+def test_every_module_imports_with_what_the_wheel_declares(environment: Path, tmp_path: Path) -> None:
+    """Modules that need an extra are named after it."""
+    code = """
+        import importlib, pkgutil, rlstab
+        for found in pkgutil.walk_packages(rlstab.__path__, "rlstab."):
+            if not found.name.rpartition(".")[2].lstrip("_").startswith(("ray", "vllm")):
+                importlib.import_module(found.name)
+                print(found.name)
+    """
+    imported = run([environment / "bin/python", "-c", dedent(code)], tmp_path).split()
+    assert {"rlstab.losses.presets", "rlstab.recipes._run", "rlstab.trainers._grpo", "rlstab.cli"} <= set(imported)
+
+
+def test_a_package_that_is_not_declared_is_not_there(environment: Path, tmp_path: Path) -> None:
+    code = "import importlib.util as u; print([name for name in ('pytest', 'sphinx', 'torch') if u.find_spec(name)])"
+    assert run([environment / "bin/python", "-c", code], tmp_path).strip() == "['torch']"
