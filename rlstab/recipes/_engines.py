@@ -16,7 +16,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class EngineSource(ABC):
-    """A rollout engine by its settings: it is built on the policy when the trainer has prepared it."""
+    """A rollout engine by its settings: it is built on the policy when the trainer has prepared it.
+
+    Example:
+        >>> from rlstab.models import tiny_causal_lm, tiny_tokenizer
+        >>> class Small(EngineSource):
+        ...     def __call__(self, model, tokenizer):
+        ...         return TransformersEngine(model, tokenizer, slots=32)
+        >>> tokenizer = tiny_tokenizer("0123456789=")
+        >>> Small()(tiny_causal_lm(tokenizer), tokenizer).health().alive
+        True
+    """
 
     @abstractmethod
     def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Engine:

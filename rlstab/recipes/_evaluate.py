@@ -36,6 +36,11 @@ class Estimate:
         se: its standard error, clustered by prompt; NaN for a single prompt.
 
     Both are NaN if nothing could be judged.
+
+    Example:
+        >>> found = Estimate(mean=0.35, se=0.02)
+        >>> f"{found.mean:.2f} ± {2 * found.se:.2f}"
+        '0.35 ± 0.04'
     """
 
     mean: float
@@ -44,7 +49,12 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One sampled completion with its reward, None where the task could not judge it."""
+    """One sampled completion with its reward, None where the task could not judge it.
+
+    Example:
+        >>> Example(prompt="503=", completion="035", reward=1.0).reward
+        1.0
+    """
 
     prompt: str
     completion: str

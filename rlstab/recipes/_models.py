@@ -15,14 +15,32 @@ __all__ = ["LoRA", "LoadedModel", "ModelSource", "PretrainedModel", "TinyModel"]
 
 
 class LoadedModel(NamedTuple):
-    """A causal language model and its tokenizer."""
+    """A causal language model and its tokenizer.
+
+    Example:
+        >>> from rlstab.tasks import SortDigits
+        >>> model, tokenizer = TinyModel(hidden=16, heads=2).load(SortDigits(), seed=0)
+        >>> len(tokenizer) == model.config.vocab_size
+        True
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
 
 class ModelSource(ABC):
-    """Where a model comes from: it is loaded, or built, when the run starts."""
+    """Where a model comes from: it is loaded, or built, when the run starts.
+
+    Example:
+        >>> from rlstab.tasks import SortDigits
+        >>> class Given(ModelSource):
+        ...     def __init__(self, model, tokenizer):
+        ...         self.loaded = LoadedModel(model, tokenizer)
+        ...     def load(self, task, *, seed):
+        ...         return self.loaded
+        >>> Given(*TinyModel().load(SortDigits(), seed=0)).load(SortDigits(), seed=1).model.num_parameters()
+        83520
+    """
 
     @abstractmethod
     def load(self, task: Task, *, seed: int) -> LoadedModel:
@@ -92,6 +110,15 @@ class PretrainedModel(ModelSource):
         dtype: floating-point type of the weights; `auto` keeps that of the files.
         attention: attention implementation; None leaves the choice to transformers.
         trust_remote_code: run Python code that comes with the repository.
+
+    Example:
+        >>> import tempfile
+        >>> from rlstab.tasks import SortDigits
+        >>> folder = tempfile.mkdtemp()
+        >>> for part in TinyModel().load(SortDigits(), seed=0):
+        ...     _ = part.save_pretrained(folder)
+        >>> PretrainedModel(name=folder).load(SortDigits(), seed=0).model.num_parameters()
+        83520
     """
 
     name: str

@@ -39,14 +39,29 @@ OWNED = {
 
 @dataclass(frozen=True, kw_only=True)
 class ReadRecipe:
-    """A recipe, and the resolved configuration it was built from, as YAML that reads as the same recipe."""
+    """A recipe, and the resolved configuration it was built from, as YAML that reads as the same recipe.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "recipe.yaml"
+        >>> _ = file.write_text("{model: TinyModel, task: SortDigits, output: runs/a}")
+        >>> read = read_recipe(file)
+        >>> read.recipe.seed, "seed: 0" in read.text.splitlines()
+        (0, True)
+    """
 
     recipe: Recipe
     text: str
 
 
 def recipe_parser() -> ArgumentParser:
-    """The parser of recipes: the fields of `Recipe`, with the host's trainer arguments under `trainer`."""
+    """The parser of recipes: the fields of `Recipe`, with the host's trainer arguments under `trainer`.
+
+    Example:
+        >>> defaults = recipe_parser().get_defaults()
+        >>> defaults.prompts, defaults.trainer.num_generations
+        (4096, 8)
+    """
     set_parsing_settings(subclasses_enabled=[Part, Objective, Controller], instantiate_subclass_spec_in_any=False)
     parser = ArgumentParser(
         prog="rlstab train RECIPE.yaml",
@@ -77,6 +92,14 @@ def read_recipe(
     Raises:
         RecipeError: something in it does not exist or does not fit: one line that names it, its value, what would fit
             and the nearest match.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "recipe.yaml"
+        >>> _ = file.write_text("{model: TinyModel, task: SortDigits, objective: dapo}")
+        >>> recipe = read_recipe(file, [("task.digits", "4"), ("seed", "3")]).recipe
+        >>> recipe.task.digits, recipe.seed, recipe.objective.terms.keys()
+        (4, 3, dict_keys(['policy']))
     """
     tree = load_tree(Path(path))
     for key, text in overrides:

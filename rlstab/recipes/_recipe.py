@@ -27,6 +27,10 @@ class HeldOut:
         temperature: sampling temperature.
         every: also evaluate after every so many optimizer steps; None does not.
         batch_size: most completions sampled at once.
+
+    Example:
+        >>> HeldOut(prompts=50, samples=4, ks=(1, 4)).ks
+        (1, 4)
     """
 
     prompts: int = 200
@@ -69,6 +73,14 @@ class Recipe:
         output: run folder; None stands for a new one below `runs/` when a recipe file is read.
         seed: seed of weights, prompts, warm-up, training and evaluation.
         threads: CPU threads of torch; None leaves torch's choice. Very small models are fastest with one.
+
+    Example:
+        >>> from rlstab.losses import presets
+        >>> from rlstab.recipes import TinyModel
+        >>> from rlstab.tasks import SortDigits
+        >>> recipe = Recipe(model=TinyModel(), task=SortDigits(digits=4), objective=presets.dapo(), seed=1)
+        >>> recipe.model.load(recipe.task, seed=recipe.seed).model.num_parameters()
+        83520
     """
 
     model: ModelSource

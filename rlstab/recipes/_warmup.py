@@ -32,6 +32,11 @@ class WarmUp:
 
     Raises:
         ConfigError: if a value is outside its range.
+
+    Example:
+        >>> settings = WarmUp(steps=100)
+        >>> settings.steps * settings.batch_size  # demonstrations in all
+        6400
     """
 
     steps: int = 300

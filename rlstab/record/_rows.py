@@ -11,7 +11,13 @@ from numpy.typing import NDArray
 
 
 class Series(NamedTuple):
-    """One metric over the run: `steps` and `values` of equal length, steps ascending."""
+    """One metric over the run: `steps` and `values` of equal length, steps ascending.
+
+    Example:
+        >>> reward = Series(steps=np.array([1, 2]), values=np.array([0.5, 0.75]))
+        >>> dict(zip(reward.steps.tolist(), reward.values.tolist()))
+        {1: 0.5, 2: 0.75}
+    """
 
     steps: NDArray[np.int64]
     values: NDArray[np.float64]
@@ -19,7 +25,12 @@ class Series(NamedTuple):
 
 @dataclass(frozen=True)
 class MetricsRow:
-    """All metrics of one step; `time` in seconds since the epoch."""
+    """All metrics of one step; `time` in seconds since the epoch.
+
+    Example:
+        >>> MetricsRow(step=1, time=0.0, values={"train/reward": 0.5}).values["train/reward"]
+        0.5
+    """
 
     step: int
     time: float
@@ -28,7 +39,12 @@ class MetricsRow:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened once; `step` is None where it belongs to no step."""
+    """Something that happened once; `step` is None where it belongs to no step.
+
+    Example:
+        >>> Event(kind="evaluation", step=0, time=0.0, fields={"phase": "before"}).fields["phase"]
+        'before'
+    """
 
     kind: str
     step: int | None
@@ -38,7 +54,12 @@ class Event:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One recorded completion: whatever its writer put into the row (`prompt`, `completion`, `reward`, ...)."""
+    """One recorded completion: whatever its writer put into the row (`prompt`, `completion`, `reward`, ...).
+
+    Example:
+        >>> Rollout(step=3, fields={"prompt": "31=", "completion": "13", "reward": 1.0}).fields["completion"]
+        '13'
+    """
 
     step: int
     fields: Mapping[str, object]
@@ -76,7 +97,13 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Events:
-    """The events of a run in the order in which they happened; `torn` counts unreadable lines."""
+    """The events of a run in the order in which they happened; `torn` counts unreadable lines.
+
+    Example:
+        >>> events = Events(rows=(Event("resume", 7, 0.0, {}), Event("finished", None, 1.0, {})), torn=0)
+        >>> [event.step for event in events.of("resume")]
+        [7]
+    """
 
     rows: tuple[Event, ...]
     torn: int
@@ -88,7 +115,13 @@ class Events:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """The recorded completions of a run, steps ascending; `torn` counts unreadable lines."""
+    """The recorded completions of a run, steps ascending; `torn` counts unreadable lines.
+
+    Example:
+        >>> rollouts = Rollouts(rows=(Rollout(1, {"reward": 0.0}), Rollout(1, {"reward": 1.0})), torn=0)
+        >>> [row.fields["reward"] for row in rollouts.rows]
+        [0.0, 1.0]
+    """
 
     rows: tuple[Rollout, ...]
     torn: int

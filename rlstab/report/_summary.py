@@ -39,6 +39,11 @@ class SummaryRow:
         after: Value after training, None where it is missing.
         before_se: Standard error of `before`, None where it is unknown.
         after_se: Standard error of `after`, None where it is unknown.
+
+    Example:
+        >>> row = SummaryRow(key="eval/pass@1", name="pass@1", measured="held-out", before=0.25, after=0.75)
+        >>> row.change, row.unit
+        (0.5, 'fraction')
     """
 
     key: str

@@ -24,6 +24,10 @@ class Health:
         engine: its id.
         weight_version: version of the weights it samples with.
         detail: what is wrong, or "".
+
+    Example:
+        >>> Health(alive=False, engine="engine-0", weight_version=4, detail="closed").detail
+        'closed'
     """
 
     alive: bool
@@ -33,7 +37,18 @@ class Health:
 
 
 class Engine(ABC):
-    """Samples completions and takes new weights. A context manager: leaving the block closes it."""
+    """Samples completions and takes new weights. A context manager: leaving the block closes it.
+
+    Example:
+        >>> from rlstab.models import tiny_causal_lm, tiny_tokenizer
+        >>> from rlstab.rollouts import TransformersEngine
+        >>> tokenizer = tiny_tokenizer("0123456789=")
+        >>> with TransformersEngine(tiny_causal_lm(tokenizer), tokenizer) as engine:
+        ...     engine.health().alive, engine.weight_version
+        (True, 0)
+        >>> engine.health().alive
+        False
+    """
 
     @property
     @abstractmethod

@@ -25,7 +25,13 @@ NOT_SAMPLED = -1
 
 @dataclass(frozen=True)
 class Turn:
-    """A stretch of a completion by one author: tokens `start` up to `stop`, not including it."""
+    """A stretch of a completion by one author: tokens `start` up to `stop`, not including it.
+
+    Example:
+        >>> turn = Turn("tool", start=4, stop=9)
+        >>> turn.stop - turn.start
+        5
+    """
 
     author: Literal["policy", "tool"]
     start: int
@@ -34,7 +40,13 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Where the time went, in seconds: from the call to the first work on the prompt, and from there to the end."""
+    """Where the time went, in seconds: from the call to the first work on the prompt, and from there to the end.
+
+    Example:
+        >>> timing = Timing(waiting=0.25, generating=1.5)
+        >>> timing.waiting + timing.generating
+        1.75
+    """
 
     waiting: float
     generating: float
@@ -68,6 +80,21 @@ class Rollout:
     Raises:
         ShapeError: if the tensors do not fit together, or are of another type: ids and versions are int64, log-probs
             float32, masks bool.
+
+    Example:
+        >>> rollout = Rollout(
+        ...     prompt_ids=torch.tensor([5, 6]),
+        ...     token_ids=torch.tensor([7, 2]),
+        ...     loss_mask=torch.tensor([True, True]),
+        ...     logprobs=torch.tensor([-0.5, -0.25]),
+        ...     weight_versions=torch.tensor([3, 3]),
+        ...     turns=(Turn("policy", 0, 2),),
+        ...     finish_reason="stop",
+        ...     engine="engine-0",
+        ...     timing=Timing(waiting=0.0, generating=0.1),
+        ... )
+        >>> rollout.logprobs.sum()
+        tensor(-0.7500)
     """
 
     prompt_ids: Int[Tensor, "P"]
@@ -157,6 +184,24 @@ def join_turns(rollouts: Sequence[Rollout]) -> Rollout:
 
     Raises:
         ConfigError: if there is no turn, or if a prompt does not begin with the conversation so far.
+
+    Example:
+        >>> def turn(prompt: list[int], completion: list[int]) -> Rollout:
+        ...     size = len(completion)
+        ...     return Rollout(
+        ...         prompt_ids=torch.tensor(prompt),
+        ...         token_ids=torch.tensor(completion),
+        ...         loss_mask=torch.ones(size, dtype=torch.bool),
+        ...         logprobs=torch.zeros(size),
+        ...         weight_versions=torch.zeros(size, dtype=torch.int64),
+        ...         turns=(Turn("policy", 0, size),),
+        ...         finish_reason="stop",
+        ...         engine="engine-0",
+        ...         timing=Timing(waiting=0.0, generating=0.1),
+        ...     )
+        >>> whole = join_turns([turn([5], [7, 8]), turn([5, 7, 8, 9], [2])])  # a tool added token 9
+        >>> whole.token_ids.tolist(), whole.loss_mask.tolist()
+        ([7, 8, 9, 2], [True, True, False, True])
     """
     if not rollouts:
         raise ConfigError("join_turns: got no rollout; expected at least one")

@@ -72,6 +72,13 @@ def load_rollouts(path: str | os.PathLike[str]) -> list[Rollout]:
 
     Raises:
         RecordError: if the file cannot be read, or is none of rollouts.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "step_1.safetensors"
+        >>> save_rollouts(file, [])
+        >>> load_rollouts(file)
+        []
     """
     try:
         with safe_open(path, framework="pt") as file:

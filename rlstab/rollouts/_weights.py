@@ -18,7 +18,20 @@ __all__ = ["ModelWeights", "WeightSource"]
 
 
 class WeightSource(ABC):
-    """Named tensors of a model, under the names of its checkpoints; can be read any number of times."""
+    """Named tensors of a model, under the names of its checkpoints; can be read any number of times.
+
+    Example:
+        >>> import torch
+        >>> class Averaged(WeightSource):
+        ...     def __init__(self, *models):
+        ...         self.models = models
+        ...     def named_tensors(self):
+        ...         for name in self.models[0].state_dict():
+        ...             yield name, torch.stack([model.state_dict()[name] for model in self.models]).mean(0)
+        >>> source = Averaged(nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False))
+        >>> [(name, tuple(tensor.shape)) for name, tensor in source.named_tensors()]
+        [('weight', (1, 2))]
+    """
 
     @abstractmethod
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:

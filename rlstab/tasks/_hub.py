@@ -35,6 +35,12 @@ class HubTask(Task):
     Raises:
         ConfigError: if training and held-out split are the same, if the pattern has no group, or if plain text is asked
             for together with a system message.
+
+    Example:
+        >>> from rlstab.tasks import ExactAnswer
+        >>> task = HubTask(dataset="openai/gsm8k", config="main", scorer=ExactAnswer(), answer_pattern=r"#### (.+)")
+        >>> task.reward(["6 · 12 = ?"] * 2, ["72", "71"], answer=["72", "72"])
+        [1.0, 0.0]
     """
 
     name: ClassVar[str] = "hub"

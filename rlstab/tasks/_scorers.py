@@ -10,7 +10,15 @@ __all__ = ["ExactAnswer", "MathAnswer", "Scorer"]
 
 
 class Scorer(ABC):
-    """Compares a completion with the right answer."""
+    """Compares a completion with the right answer.
+
+    Example:
+        >>> class Contains(Scorer):
+        ...     def score(self, completion, answer):
+        ...         return float(answer in completion)
+        >>> Contains().score("It is Monday.", "Monday")
+        1.0
+    """
 
     @abstractmethod
     def score(self, completion: str, answer: str) -> float | None:

@@ -160,6 +160,10 @@ class Problem:
         solution: one correct completion.
         key: the problem's identity for `split_of`.
         answer: the values of the task's answer columns.
+
+    Example:
+        >>> Problem(prompt="503=", solution="035", key="035", answer={"answer": "035"}).solution
+        '035'
     """
 
     prompt: str
@@ -173,6 +177,19 @@ class EmbeddedTask(Task):
 
     A subclass gives the characters of its prompts and completions (`alphabet`), the longest completion
     (`completion_length`) and `draw`; prompts, the held-out split and demonstrations follow from these.
+
+    Example:
+        >>> class LastDigit(EmbeddedTask):
+        ...     name, alphabet, answer_columns = "last_digit", "0123456789=", ("answer",)
+        ...     completion_length = 1
+        ...     def draw(self, rng):
+        ...         digits = f"{rng.randrange(1000):03}"
+        ...         return Problem(prompt=f"{digits}=", solution=digits[2], key=digits, answer={"answer": digits[2]})
+        ...     def score(self, completion, row):
+        ...         return float(completion == row["answer"])
+        >>> row = LastDigit().demonstrations(1)[0]
+        >>> row["prompt"][2] == row["completion"]
+        True
     """
 
     alphabet: ClassVar[str]

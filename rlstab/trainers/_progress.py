@@ -30,6 +30,13 @@ class ProgressCallback(TrainerCallback, RowListener):
 
     Args:
         console: where to draw; standard output if not given.
+
+    Example:
+        >>> from transformers import TrainerControl, TrainerState
+        >>> progress = ProgressCallback(Console(force_terminal=False))
+        >>> progress.on_train_begin(None, TrainerState(max_steps=5), TrainerControl())
+        >>> progress.on_row(5, {"train/reward": 0.5, "drift/initial/kl": 0.0123})
+        step 5/5  left 0 s  reward 0.500  KL 0.012
     """
 
     def __init__(self, console: Console | None = None) -> None:
