@@ -12,7 +12,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Metric(ABC):
-    """Something that merges with its like from another micro-batch or rank, and becomes one number at the end."""
+    """Something that merges with its like from another micro-batch or rank, and becomes one number at the end.
+
+    An extreme of nothing, such as that of a micro-batch without loss tokens, is neutral: merging it changes nothing.
+
+    >>> import torch
+    >>> metrics = [Max(torch.tensor(2.0)), Max(torch.tensor(-torch.inf)), Max(torch.tensor(3.0))]
+    >>> metrics[0].merge(metrics[1]).merge(metrics[2]).value(), metrics[1].value()
+    (tensor(3.), tensor(nan))
+    """
 
     @abstractmethod
     def merge(self, other: Self) -> Self:
@@ -66,7 +74,12 @@ class Total(Metric):
 
 @dataclass(frozen=True)
 class Max(Metric):
-    """The largest value seen."""
+    """The largest value seen; `-inf` stands for none.
+
+    >>> import torch
+    >>> Max(torch.tensor(1.0)).merge(Max(torch.tensor(2.0))).value()
+    tensor(2.)
+    """
 
     num: Tensor
 
@@ -75,13 +88,18 @@ class Max(Metric):
         return type(self)(torch.maximum(self.num, other.num))
 
     def value(self) -> Tensor:
-        """The largest value."""
-        return self.num
+        """The largest value; NaN where there was none."""
+        return torch.where(self.num == -torch.inf, torch.nan, self.num)
 
 
 @dataclass(frozen=True)
 class Min(Metric):
-    """The smallest value seen."""
+    """The smallest value seen; `inf` stands for none.
+
+    >>> import torch
+    >>> Min(torch.tensor(1.0)).merge(Min(torch.tensor(2.0))).value()
+    tensor(1.)
+    """
 
     num: Tensor
 
@@ -90,8 +108,8 @@ class Min(Metric):
         return type(self)(torch.minimum(self.num, other.num))
 
     def value(self) -> Tensor:
-        """The smallest value."""
-        return self.num
+        """The smallest value; NaN where there was none."""
+        return torch.where(self.num == torch.inf, torch.nan, self.num)
 
 
 @dataclass(frozen=True)
@@ -123,20 +141,30 @@ class Hist(Metric):
 
 
 def token_mean(values: Tensor, mask: Tensor) -> Sum:
-    """The mean of `values` over tokens where `mask` holds, as a metric; `values` may be `[B, 1]`, one per row."""
+    """The mean of `values` over the tokens where `mask` holds, as a metric.
+
+    Args:
+        values: a number per token, `[B, T]`, or one per row, `[B, 1]`, which is then averaged over all rows.
+        mask: the tokens, `[B, T]`, bool or 1 and 0.
+
+    >>> import torch
+    >>> mask = torch.tensor([[True, True], [True, False]])
+    >>> token_mean(torch.tensor([[1.0, 2.0], [6.0, 9.0]]), mask).value()
+    tensor(3.)
+    """
     values = values.detach()
-    if values.shape[-1] == 1:
-        return Sum(values.sum(), torch.full_like(values[:, 0], 1.0).sum())
-    return Sum((values * mask).sum(), mask.sum())
+    if values.shape == mask.shape:
+        return Sum((values * mask).sum(), mask.sum())
+    return Sum(values.sum(), torch.full_like(values[:, 0], 1.0).sum())
 
 
 def masked_max(values: Tensor, mask: Tensor) -> Max:
-    """The largest of `values` where `mask` holds, as a metric; -inf where nothing does."""
+    """The largest of `values` where `mask` holds, as a metric."""
     return Max(torch.where(mask, values.detach(), -torch.inf).amax())
 
 
 def masked_min(values: Tensor, mask: Tensor) -> Min:
-    """The smallest of `values` where `mask` holds, as a metric; +inf where nothing does."""
+    """The smallest of `values` where `mask` holds, as a metric."""
     return Min(torch.where(mask, values.detach(), torch.inf).amin())
 
 

@@ -19,7 +19,9 @@ from rlstab.losses import (
     GroupNorm,
     Hist,
     MaskedIS,
+    Max,
     Metric,
+    Min,
     Needs,
     Objective,
     Part,
@@ -319,6 +321,17 @@ def test_its_metrics_of_a_split_merge_to_those_of_the_whole(part: Part) -> None:
             merged[name] = merged[name].merge(metric) if name in merged else metric
     for name, metric in metrics_of(part, batch).items():
         torch.testing.assert_close({name: merged[name].value()}, {name: metric.value()})
+
+
+@pytest.mark.parametrize("part", parts(Term, Weight))
+def test_a_micro_batch_without_tokens_changes_no_extreme(part: Part) -> None:
+    data = data_of(dtype=torch.float64)
+    nothing = torch.zeros_like(data.mask)
+    empty = metrics_of(part, batch_for(part, replace(data, loss_mask=nothing)))
+    for name, metric in metrics_of(part, batch_for(part, data)).items():
+        if isinstance(metric, Max | Min):
+            assert not empty[name].value().isinf()
+            assert metric.merge(empty[name]).value() == empty[name].merge(metric).value() == metric.value()
 
 
 # --- terms ---------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlstab.losses import Hist, Max, Metric, Min, Sum, Total
+from rlstab.losses import Hist, Max, Metric, Min, Sum, Total, token_mean
 
 
 def values() -> tuple[Tensor, Tensor]:
@@ -58,6 +58,27 @@ def test_nan_does_not_hide(kind: Callable[[Tensor], Metric]) -> None:
     nan, one = kind(torch.tensor(torch.nan)), kind(torch.tensor(1.0))
     assert nan.merge(one).value().isnan()
     assert one.merge(nan).value().isnan()
+
+
+@pytest.mark.parametrize(("kind", "nothing"), [(Max, -torch.inf), (Min, torch.inf)])
+def test_an_extreme_of_nothing_is_neutral_and_no_number(kind: Callable[[Tensor], Metric], nothing: float) -> None:
+    empty, one = kind(torch.tensor(nothing)), kind(torch.tensor(1.0))
+    assert empty.merge(one).value() == one.merge(empty).value() == 1
+    assert empty.merge(empty).value().isnan()
+
+
+class TestTokenMean:
+    def test_of_tokens(self) -> None:
+        mask = torch.tensor([[True, True], [True, False]])
+        assert token_mean(torch.tensor([[1.0, 2.0], [6.0, 9.0]]), mask).value() == 3
+
+    def test_of_rows(self) -> None:
+        assert token_mean(torch.tensor([[1.0], [3.0]]), torch.ones(2, 5)).value() == 2
+
+    @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+    def test_a_batch_of_one_position_has_tokens_and_a_mask(self, dtype: torch.dtype) -> None:
+        mask = torch.tensor([[1], [0], [1]]).to(dtype)
+        assert token_mean(torch.tensor([[1.0], [99.0], [3.0]]), mask).value() == 2
 
 
 def test_hist_counts_by_hand() -> None:
