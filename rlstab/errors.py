@@ -53,18 +53,18 @@ class ShapeError(RlstabError, ValueError):
     """A tensor whose shape is not the one its axis letters promise."""
 
 
-class _KeyMessage(KeyError):
+class _MessageKeyError(KeyError):
     """A `KeyError` that prints its message instead of its repr."""
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
 
 
-class MissingFieldError(RlstabError, _KeyMessage):
+class MissingFieldError(RlstabError, _MessageKeyError):
     """A part reads a field of the batch that nobody supplied."""
 
 
-class SchemaError(RlstabError, _KeyMessage):
+class SchemaError(RlstabError, _MessageKeyError):
     """A metric key that the schema does not know."""
 
 

@@ -15,8 +15,8 @@ from rlstab.errors import ConfigError
 class Controller(ABC):
     """A coefficient that follows the run.
 
-    `value` is a 0-dim tensor on the CPU, written in place: reading it never waits for a device, and a compiled objective
-    is not compiled anew when it changes.
+    `value` is a 0-dim tensor on the CPU, written in place: reading it never waits for a device, and a compiled
+    objective is not compiled anew when it changes.
     """
 
     _value: Tensor = field(init=False, repr=False, default_factory=lambda: torch.zeros((), dtype=torch.float64))

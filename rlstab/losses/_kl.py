@@ -64,7 +64,7 @@ class KL(Term):
     >>> batch = TokenBatch(mask=torch.ones(1, 1), logps={"policy": logp, "initial": torch.tensor([[-2.0]])})
     >>> KL(estimator="k2").loss(batch).values
     tensor([[0.5000]], grad_fn=<DivBackward0>)
-    """
+    """  # noqa: E501  # a table
 
     estimator: Estimator = "k3"
     weight: Literal["none", "detached", "differentiable"] = "none"

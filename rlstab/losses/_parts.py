@@ -4,7 +4,7 @@ import dataclasses
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
 from torch import Tensor
@@ -59,12 +59,16 @@ def part_name(part: Part) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared(Part):
-    """A part that computes a tensor before the terms run; they read it as `batch.part(key)`."""
+    """A part that computes a tensor before the terms run; they read it as `batch.part(key)`. Abstract.
+
+    A subclass with a `__post_init__` of its own calls `super().__post_init__()`, which sets the key.
+    """
+
+    key: str = field(init=False, repr=False, compare=False)
+    """Its name in a batch: the same for equal parts. Set once, because a compiled loss cannot build text."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "key", repr(self))
-
-    key = ""  # set per instance; a plain class attribute is not a dataclass field
 
     @abstractmethod
     def compute(self, batch: TokenBatch) -> Tensor:
@@ -89,8 +93,8 @@ class RolloutPart(Prepared):
 class StepStatistic(Prepared):
     """Phase 2: sees detached per-token data of a whole optimizer step, all micro-batches and ranks.
 
-    `compute` returns one number (0-dim) for the step, or a tensor for its rows. Requiring `LogProbs("policy")` costs one
-    pass without gradient over the step, unless it is on policy.
+    `compute` returns one number (0-dim) for the step, or a tensor for its rows. Requiring `LogProbs("policy")` costs
+    one pass without gradient over the step, unless it is on policy.
     """
 
 
@@ -122,8 +126,8 @@ def prepared_parts(requires: Iterable[Requirement], kind: type[Prepared]) -> lis
 def run_parts(requires: Iterable[Requirement], batch: TokenBatch) -> TokenBatch:
     """The batch with the results of every rollout part and step statistic that `requires` names.
 
-    For a batch that is a whole generation and a whole step at once, as in tests and in one's own training loop; trainers
-    run the two phases at their own moments.
+    For a batch that is a whole generation and a whole step at once, as in tests and in one's own training loop;
+    trainers run the two phases at their own moments.
     """
     requires = list(requires)
     for kind in (RolloutPart, StepStatistic):

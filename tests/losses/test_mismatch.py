@@ -11,7 +11,9 @@ from rlstab.losses import clustered_mean, clustered_ratio, mismatch_rows, mismat
 NAN, INF = torch.nan, torch.inf
 
 
-def values_of(trainer: list[list[float]], sampler: list[list[float]], group: list[int] | None = None) -> dict[str, float]:
+def values_of(
+    trainer: list[list[float]], sampler: list[list[float]], group: list[int] | None = None
+) -> dict[str, float]:
     ours, theirs = torch.tensor(trainer), torch.tensor(sampler)
     prompts = torch.arange(len(ours)) if group is None else torch.tensor(group)
     found = mismatch_values(mismatch_rows(ours, theirs, torch.ones_like(ours).bool()), prompts)
