@@ -36,10 +36,12 @@ from rlstab.losses._divergences import (
     SoftenedKL,
 )
 from rlstab.losses._exact import CauchySchwarz
+from rlstab.losses._log_space import LARGE
 from rlstab.losses._streamed_head import is_impossible
 
 NEAR_AN_END = 0.05  # mixtures with a smaller share lose digits here
 NEAR_ONE = 0.1  # likewise powers this close to 1
+NEAR_ZERO = 0.1  # powers below need a difference without cancellation also in their slope
 
 Tile = Float[Tensor, "N V"]
 Rows = Float[Tensor, "N"]
@@ -114,7 +116,7 @@ class Form(ABC):
 
     @abstractmethod
     def slope(self, pair: Pair, sums: Float[Tensor, "K N"]) -> Tile:
-        r"""The derivative in each $\log\pi_v$, taken as free variables."""
+        r"""The derivative in each $\log\pi_v$, taken as free variables, but for the rounding of $\pi_v$."""
 
 
 class FForm(Form):
@@ -175,8 +177,13 @@ class Power(FForm):
         return value, self._scaled(slope)
 
     def slope(self, pair: Pair, sums: Float[Tensor, "2 N"]) -> Tile:
-        """Without the summand."""
-        return self._scaled(self._slope(pair))
+        r"""By a plain difference, $\pi - \pi e^{-\alpha a}$."""
+        if abs(self.alpha) < NEAR_ZERO:
+            return self._scaled(self._slope(pair))
+        if self.alpha == 1:
+            return self._scaled(pair.p - pair.q)
+        moved = (pair.a * -self.alpha).add_(pair.logp).exp_()
+        return self._scaled(moved.neg_().add_(pair.p).div_(self.alpha))
 
     def _slope(self, pair: Pair) -> Tile:
         if self.alpha == 0:
@@ -210,8 +217,9 @@ class Mixture(FForm):
         return theirs.add_(slope), slope
 
     def slope(self, pair: Pair, sums: Float[Tensor, "2 N"]) -> Tile:
-        """Without the summand."""
-        return self._ours(pair, self._over_mixture(pair))
+        r"""By $\log(\pi / M) = -\log(1 + \beta (e^{-a} - 1))$, which is not looked at where $\pi < e^{-80}$."""
+        over = pair.a.clamp(min=-LARGE).neg_().expm1_().mul_(self.beta).log1p_()
+        return over.mul_(pair.p).mul_((self.beta - 1) * self.scale)
 
     def _ours(self, pair: Pair, over_mixture: Tile) -> Tile:
         less = pair.a.clamp(max=0)
@@ -251,6 +259,10 @@ class Symmetric(FForm):
         """Summand and slope."""
         return pair.gap * pair.a, (pair.p * pair.a).add_(pair.gap)
 
+    def slope(self, pair: Pair, sums: Float[Tensor, "2 N"]) -> Tile:
+        """That of both, by a plain difference."""
+        return (pair.p * pair.a).add_(pair.p).sub_(pair.q)
+
 
 @dataclass(frozen=True)
 class SquaredMixture(FForm):
@@ -259,8 +271,15 @@ class SquaredMixture(FForm):
     def both(self, pair: Pair) -> tuple[Tile, Tile]:
         """Summand and slope."""
         share = pair.s / (pair.t + 2)  # (π - ref) / (π + ref)
-        value = pair.gap * share / 2
-        return value, share.mul_(pair.p) * (0.5 + (1 - pair.s.relu()) / (pair.t + 2))
+        return (pair.gap * share).div_(2), self._slope(pair)
+
+    def slope(self, pair: Pair, sums: Float[Tensor, "2 N"]) -> Tile:
+        """Without the summand."""
+        return self._slope(pair)
+
+    def _slope(self, pair: Pair) -> Tile:
+        r"""$\pi (\frac12 - 2 \rho^2)$ with $\rho = \text{ref} / (\pi + \text{ref})$."""
+        return pair.a.neg().sigmoid_().square_().mul_(-2).add_(0.5).mul_(pair.p)
 
 
 @dataclass(frozen=True)
@@ -298,7 +317,7 @@ class Overlap(Form):
         ours, _, projected, _, log_product = sums.unsqueeze(-1)
         shared = log_product.masked_fill(is_impossible(log_product), 0.0)  # nothing in common: no gradient of C
         product = (pair.logp + pair.ref_logp).sub_(shared).exp_().mul_(projected)
-        return (pair.p * pair.gap).sub_(product).mul_(2 / ours)
+        return (pair.p - pair.q).mul_(pair.p).sub_(product).mul_(2 / ours)
 
 
 def bounded(slope: Tile) -> Tile:

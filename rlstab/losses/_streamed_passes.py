@@ -176,10 +176,10 @@ def _log_probs(logits: Tensor, saved: Named, name: str, rows: slice = slice(None
 def backward(models: Models, saved: Named, given: Mapping[str, Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
     """Gradients in the policy's weight, bias and hidden states, as far as they are needed."""
     policy, dtypes = models.policy, models.plan.dtypes
-    weight, bias, hidden = (
-        torch.zeros_like(x) if x is not None and needed else None
-        for x, needed in zip((policy.head.weight, policy.head.bias, policy.hidden.to(dtypes.sums)), needs, strict=True)
-    )
+    needs_weight, needs_bias, needs_hidden = needs
+    weight = torch.zeros_like(policy.head.weight) if needs_weight else None
+    bias = models.empty(models.vocabulary).zero_() if needs_bias else None
+    hidden = models.empty(*policy.hidden.shape).zero_() if needs_hidden else None
     rates = _rates(models, saved, given)
     tile = models.tiling(whole_rows=False)
     for columns in slices(models.vocabulary, tile.columns):

@@ -40,9 +40,11 @@ def test_summands_are_those_of_the_generator(generator: Divergence) -> None:
 
 
 @every_generator
-def test_the_slope_alone_is_the_same(generator: Divergence) -> None:
+def test_the_slope_alone_is_the_same_to_rounding(generator: Divergence) -> None:
     pair, form = pairs(), f_form(generator)
-    torch.testing.assert_close(form.slope(pair, form.sums(pair)), form.both(pair)[1], rtol=0, atol=0)
+    slope = form.both(pair)[1]
+    found = form.slope(pair, form.sums(pair))
+    assert ((found - slope).abs() <= 1e-14 * (10 * pair.larger + 10 * slope.abs())).all()
 
 
 @every_generator
@@ -118,5 +120,5 @@ def test_cauchy_schwarz(distance: float) -> None:
     value = form.value(sums)
     assert ((value - truth).abs() <= 1e-5 * truth + 1e-7).all()
     found = torch.cat([form.slope(tile, sums) for tile in tiles], dim=-1)
-    assert (found - slope).norm() <= 1e-5 * slope.norm()
+    assert (found - slope).norm() <= (1e-6 + 1e-7 / distance) * slope.norm()  # a difference of probabilities
     assert not form.mean_slope(sums).any()
