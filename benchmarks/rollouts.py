@@ -6,6 +6,7 @@ One thread, the tiny dense model of `rlstab.models`, batches of 32 prompts with 
 `model.generate` with the settings that TRL gives it, and the unpadded lists that TRL makes of its result. Where lengths
 vary, a stopping criterion ends each row of `generate` at the length at which the engine's request ends. A ratio above 1
 means that the engine is faster; beside it stands the ratio of the backend against itself, the noise of the machine.
+Time is CPU time, which equals wall time where one thread has a core to itself, and bears other work on the machine.
 """
 
 from __future__ import annotations
@@ -100,8 +101,8 @@ def engine_generate(engine: TransformersEngine, requests: Sequence[Request]) -> 
 
 
 def tokens_per_second(work: Callable[[], int]) -> float:
-    start = time.perf_counter()
-    return work() / (time.perf_counter() - start)
+    start = time.process_time()
+    return work() / (time.process_time() - start)
 
 
 def compare(engine: Callable[[], int], backend: Callable[[], int], rounds: int) -> dict[str, float]:

@@ -131,10 +131,10 @@ class Decoder:
         ]
 
     def _admitted(self, parts: Sequence[_Part], waiting: Sequence[Answer]) -> int:
-        """How many prompts join: all that have a place, if they are no burden to the rows that are on their way.
+        """How many prompts join: all that have a place, or none until later.
 
-        They are none if the padding that they would bring costs less than forwards of their own, or if so few rows are
-        left that the prompts make a batch of their own.
+        They join if their padding, up to the longest row on its way, costs less than forwards of their own would, or
+        once so few rows are left that forwards of their own are well filled.
         """
         running = sum(len(part.answers) for part in parts)
         ready = min(self._slots - running, len(waiting))

@@ -198,6 +198,31 @@ def test_finished_rows_are_not_computed_on(dense: PreTrainedModel, tokenizer: Pr
     assert needed <= sum(rows) <= needed * continuous.IDLE_SHARE / (continuous.IDLE_SHARE - 1)
 
 
+def test_rows_of_similar_length_share_a_forward_where_padding_is_cheaper() -> None:
+    lengths = [10, 300, 12, 310, 11]
+    assert continuous._groups(lengths, 20) == [0, 1, 0, 1, 0]
+    assert continuous._groups(lengths, 10**6) == [0] * 5
+    assert continuous._groups(lengths, 0) == [0, 3, 2, 4, 1]
+
+
+def test_a_long_row_does_not_pad_those_that_join_it(
+    dense: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One completion of 200 tokens among 400 of 10, 40 at once: a shared batch would pay for 200 columns of each."""
+    monkeypatch.setattr(continuous, "FORWARD", 100)
+    masks: list[int] = []
+    hook = dense.model.register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["attention_mask"].numel()), with_kwargs=True
+    )
+    requests = [Request(prompt_ids=[4, 5, 6], max_new_tokens=10 if place else 200) for place in range(401)]
+    engine = TransformersEngine(dense, tokenizer, slots=40)
+    rollouts = engine.generate(requests, Sampling(max_new_tokens=200, stop_ids=()))
+    needed = sum((3 + tokens) * tokens // 2 for tokens in [200, *[10] * 400])
+    hook.remove()
+    assert sum(masks) < 1.5 * needed
+    assert_trainers(dense, rollouts)
+
+
 def test_no_more_rows_than_slots(dense: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     rows: list[int] = []
     dense.lm_head.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[0]))
