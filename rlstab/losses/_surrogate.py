@@ -155,12 +155,13 @@ def clip_metrics(
 def clip_share(clipped: Bool[Tensor, "B #T"], batch: TokenBatch) -> Sum:
     """The share of the tokens, or of the rows, that are clipped."""
     if clipped.shape == batch.shape:
-        return Sum((clipped & batch.loss_mask).sum(), batch.tokens)
+        return Sum(count_per_row(clipped, batch)[0].sum(), batch.tokens)
     return Sum(clipped.sum(), torch.ones_like(clipped).sum())
 
 
 def count_per_row(flags: Bool[Tensor, "B #T"], batch: TokenBatch) -> tuple[Num[Tensor, "B"], Float[Tensor, "B"]]:
     """How many flags of each row are set, and how many values it has: its tokens, or 1 for one value per row."""
     if flags.shape == batch.shape:
-        return (flags & batch.loss_mask).sum(-1), batch.row_tokens
+        counted = (flags & batch.loss_mask).view(torch.uint8)  # bytes add up faster than bools
+        return counted.sum(-1, dtype=batch.token_weight.dtype), batch.row_tokens
     return flags.sum(-1), batch.token_weight.new_ones(flags.shape[0])
