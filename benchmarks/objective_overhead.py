@@ -479,7 +479,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file for the figures")
-    parser.add_argument("--seconds", type=float, default=180.0, help="time for losses and steps (default: 180)")
+    parser.add_argument("--seconds", type=float, default=150.0, help="time for losses and steps (default: 150)")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="BxT", help=f"default: {' '.join(SHAPES)}")
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES), metavar="CASE")
     parser.add_argument("--processes", type=int, default=IMPORT_PROCESSES, help="per import")
