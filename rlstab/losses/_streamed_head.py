@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rlstab.errors import ShapeError
@@ -150,74 +150,6 @@ class Projection:
         if self.head.soft_cap is None:
             return None
         return 1 - (logits * (self.head.temperature / self.head.soft_cap)).square_()
-
-
-class Normalizer:
-    """Running sums over the vocabulary from which everything about one distribution per token follows.
-
-    Args:
-        ids: the entries whose log-probs may be wanted, the label first.
-        dtype: of the sums.
-        statistics: those of `streamed_statistics` that are wanted.
-    """
-
-    def __init__(self, ids: Int[Tensor, "R M"], dtype: torch.dtype, statistics: Collection[str] = ()) -> None:
-        def full(value: float, *shape: int) -> Tensor:
-            return torch.full((len(ids), *shape), value, dtype=dtype, device=ids.device)
-
-        self.ids = ids
-        self.high = full(torch.finfo(dtype).min)
-        self.sum = full(0.0)
-        self.moment = full(0.0) if "entropy" in statistics else None
-        self.squares = full(0.0) if "sum_squares" in statistics else None
-        self.chosen = full(0.0, ids.shape[1]) if {"logp", "candidates"} & {*statistics} else None
-        self.best = torch.zeros_like(ids[:, 0]) if "top1" in statistics else None
-
-    def add(self, logits: Float[Tensor, "R C"], start: int) -> None:
-        """Take in the entries from `start` on."""
-        if self.best is not None:
-            value, place = logits.max(-1)
-            self.best = torch.where(value > self.high, place + start, self.best)
-        if self.chosen is not None:
-            place, inside = place_of(self.ids, start, logits.shape[-1])
-            self.chosen = torch.where(inside, logits.gather(-1, place), self.chosen)
-        high = torch.maximum(self.high, logits.amax(-1))
-        shift = self.high - high
-        decay = shift.exp()
-        shifted = logits - high.unsqueeze(-1)
-        weight = shifted.exp()
-        if self.moment is not None:  # of logits above `high`, of which there is less to round
-            self.moment = (self.moment + shift * self.sum) * decay + torch.linalg.vecdot(weight, shifted)
-        if self.squares is not None:
-            self.squares = self.squares * decay**2 + torch.linalg.vecdot(weight, weight)
-        self.sum = self.sum * decay + weight.sum(-1)
-        self.high = high
-
-    @property
-    def log_sum(self) -> Float[Tensor, "R"]:
-        """The log of the softmax's denominator, above `high`."""
-        return self.sum.log()
-
-    def statistics(self) -> dict[str, Shaped[Tensor, "*K R"]]:
-        """What was wanted."""
-        found = {"log_z": self.high + self.log_sum}
-        if self.chosen is not None:
-            logp = log_probs(self.chosen, self.high, self.log_sum)
-            logp = logp.masked_fill(is_impossible(logp), -torch.inf).T
-            found |= {"logp": logp[0], "candidates": logp[1:]}
-        if self.moment is not None:
-            found["entropy"] = self.log_sum - self.moment / self.sum
-        if self.squares is not None:
-            found["sum_squares"] = self.squares / self.sum**2
-        if self.best is not None:
-            found["top1"] = self.best == self.ids[:, 0]
-        return found
-
-
-def place_of(ids: Int[Tensor, "R M"], start: int, width: int) -> tuple[Int[Tensor, "R M"], Bool[Tensor, "R M"]]:
-    """The columns of these entries in a tile that begins at `start`, and whether they lie inside."""
-    local = ids - start
-    return local.clamp(0, width - 1), (local >= 0) & (local < width)
 
 
 def is_impossible(logp: Float[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:

@@ -5,24 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from rlstab.losses._streamed_forms import Form, Pair
-from rlstab.losses._streamed_head import (
-    Dtypes,
-    Head,
-    Normalizer,
-    Projection,
-    Tiling,
-    log_probs,
-    place_of,
-    product,
-    slices,
-    tiling,
-)
+from rlstab.losses import _streamed_torch
+from rlstab.losses._streamed_forms import Form
+from rlstab.losses._streamed_head import Dtypes, Head, Projection, Tiling, product, slices, tiling
+from rlstab.losses._streamed_torch import Normal, Normalizer, Rates, Slope, place_of
 
 Named = dict[str, Tensor]
 """Tensors with the tokens in their last dimension."""
@@ -65,6 +56,19 @@ def gather(stack: ExitStack, plan: Plan) -> None:
             stack.enter_context(head.gather(head.weight, head.bias))
 
 
+class Tiles(Protocol):
+    """What is done with tiles; a module has these functions."""
+
+    def add(self, normal: Normalizer, logits: Tensor, start: int) -> None:
+        """See `_streamed_torch.add`."""
+
+    def sums(self, ours: Normal, theirs: Normal, forms: Sequence[Form], columns: int) -> list[Tensor]:
+        """See `_streamed_torch.sums`."""
+
+    def gradient(self, ours: Normal, rates: Rates, references: Sequence[tuple[Normal, Sequence[Slope]]]) -> Tensor:
+        """See `_streamed_torch.gradient`."""
+
+
 class Models:
     """The policy and the references at work.
 
@@ -84,6 +88,7 @@ class Models:
             for (name, head), (weight, bias, hidden) in zip(heads.items(), threes, strict=True)
         }
         self.policy = self.all[POLICY]
+        self.tiles: Tiles = _streamed_torch
         self.vocabulary = self.policy.vocabulary
 
     def tiling(self, *, whole_rows: bool) -> Tiling:
@@ -102,11 +107,11 @@ class Models:
                 tiles[id(model.head.weight)] = model.weight(columns)
         return {name: tiles[id(model.head.weight)] for name, model in self.all.items()}
 
-    def forms(self, source: str) -> list[tuple[Entry, Form]]:
-        """Divergences from this reference, and how to sum them."""
+    def forms(self, source: str) -> dict[str, Form]:
+        """How to sum the divergences from this reference, by key."""
         careful = self.policy.excludes or self.all[source].excludes
         entries = (entry for entry in self.plan.entries if entry.source == source)
-        return [(entry, entry.careful if careful else entry.form) for entry in entries]
+        return {entry.key: entry.careful if careful else entry.form for entry in entries}
 
 
 # -------------------------------------------------------------------- forward
@@ -140,34 +145,24 @@ def _stripe(models: Models, rows: slice, tile: Tiling, buffers: Named) -> tuple[
         for name, model in models.all.items():
             logits = buffers[name][:, place]
             model.logits(rows, weights[name], columns, out=logits)
-            normal[name].add(logits, columns.start)
+            models.tiles.add(normal[name], logits, columns.start)
     found = normal[POLICY].statistics()
     saved = {f"high of {name}": one.high for name, one in normal.items()}
     saved |= {f"log sum of {name}": one.log_sum for name, one in normal.items()}
     saved |= {name: found[name] for name in ("entropy", "sum_squares") if name in found}
     values = {name: found[name] for name in plan.statistics}
-    if plan.entries:
-        sums = _sums(models, tile, buffers, saved)
-        saved |= sums
-        values |= {entry.key: entry.form.value(sums[entry.key]) for entry in plan.entries}
+    ours = _normal(buffers[POLICY], saved, POLICY)
+    for source in plan.heads:
+        theirs = _normal(buffers[source], saved, source)
+        forms = models.forms(source)
+        totals = models.tiles.sums(ours, theirs, list(forms.values()), tile.columns)
+        saved |= dict(zip(forms, totals, strict=True))
+    values |= {entry.key: entry.form.value(saved[entry.key]) for entry in plan.entries}
     return values, saved
 
 
-def _sums(models: Models, tile: Tiling, stripes: Named, saved: Named) -> Named:
-    """The sums of each divergence over the vocabulary."""
-    totals: Named = {}
-    for columns in slices(models.vocabulary, tile.columns):
-        logp = _log_probs(stripes[POLICY][:, columns], saved, POLICY)
-        for source in models.plan.heads:
-            pair = Pair(logp, _log_probs(stripes[source][:, columns], saved, source))
-            for entry, form in models.forms(source):
-                sums = form.sums(pair)
-                totals[entry.key] = form.merge(totals[entry.key], sums) if entry.key in totals else sums
-    return totals
-
-
-def _log_probs(logits: Tensor, saved: Named, name: str, rows: slice = slice(None)) -> Tensor:
-    return log_probs(logits, saved[f"high of {name}"][rows], saved[f"log sum of {name}"][rows])
+def _normal(logits: Tensor, saved: Named, name: str, rows: slice = slice(None)) -> Normal:
+    return Normal(logits, saved[f"high of {name}"][rows], saved[f"log sum of {name}"][rows])
 
 
 # -------------------------------------------------------------------- backward
@@ -180,13 +175,14 @@ def backward(models: Models, saved: Named, given: Mapping[str, Tensor], needs: S
     weight = torch.zeros_like(policy.head.weight) if needs_weight else None
     bias = models.empty(models.vocabulary).zero_() if needs_bias else None
     hidden = models.empty(*policy.hidden.shape).zero_() if needs_hidden else None
-    rates = _rates(models, saved, given)
+    rate = {name: gradient.to(dtypes.sums) * policy.slope for name, gradient in given.items()}
+    rates = _rates(models, saved, rate)
     tile = models.tiling(whole_rows=False)
     for columns in slices(models.vocabulary, tile.columns):
         weights = models.weights(columns)
         of_weight = None if weight is None else _summed(weight[columns], dtypes.sums)
         for rows in slices(len(models.ids), tile.rows):
-            gradient = _gradient(models, rows, columns, weights, saved, rates)
+            gradient = _gradient(models, rows, columns, weights, saved, rate, rates.of(rows))
             factor = gradient.to(dtypes.factors)
             if hidden is not None:
                 product(hidden[rows], factor, weights[POLICY])
@@ -204,22 +200,8 @@ def _summed(part: Tensor, dtype: torch.dtype) -> Tensor:
     return part if part.dtype == dtype else torch.zeros_like(part, dtype=dtype)
 
 
-class _Rates(NamedTuple):
-    """The gradient of a loss in the statistics, as factors of what the gradient in a tile of logits is made of."""
-
-    chosen: Tensor | None
-    """Of the logits of the ids."""
-    p: Tensor
-    """Of the policy itself: what keeps the sum over the vocabulary at 0."""
-    p_logp: Tensor | None
-    p_squared: Tensor | None
-    slopes: Named
-    """Of the slopes of divergences, by key."""
-
-
-def _rates(models: Models, saved: Named, given: Mapping[str, Tensor]) -> _Rates:
+def _rates(models: Models, saved: Named, rate: Named) -> Rates:
     plan = models.plan
-    rate = {name: gradient.to(plan.dtypes.sums) * models.policy.slope for name, gradient in given.items()}
     p = models.empty(len(models.ids)).zero_()
     chosen = None
     if "logp" in rate or "candidates" in rate:
@@ -233,41 +215,32 @@ def _rates(models: Models, saved: Named, given: Mapping[str, Tensor]) -> _Rates:
         p -= rate["entropy"] * saved["entropy"]
     if "sum_squares" in rate:
         p -= 2 * rate["sum_squares"] * saved["sum_squares"]
-    slopes = {entry.key: rate[entry.key] for entry in plan.entries if entry.key in rate}
     for entry in plan.entries:
-        if entry.key in slopes:
-            p -= slopes[entry.key] * entry.form.mean_slope(saved[entry.key])
+        if entry.key in rate:
+            p -= rate[entry.key] * entry.form.mean_slope(saved[entry.key])
     p_logp = -rate["entropy"] if "entropy" in rate else None
-    return _Rates(chosen, p, p_logp, 2 * rate["sum_squares"] if "sum_squares" in rate else None, slopes)
+    return Rates(p, p_logp, 2 * rate["sum_squares"] if "sum_squares" in rate else None, chosen)
 
 
-def _gradient(models: Models, rows: slice, columns: slice, weights: Named, saved: Named, rates: _Rates) -> Tensor:
+def _gradient(
+    models: Models, rows: slice, columns: slice, weights: Named, saved: Named, rate: Named, rates: Rates
+) -> Tensor:
     """The gradient in `W h + b` for a tile."""
 
-    def factor(of: Tensor) -> Tensor:
-        return of[rows].unsqueeze(-1)
+    def normal(name: str) -> Normal:
+        logits = models.empty(rows.stop - rows.start, columns.stop - columns.start)
+        models.all[name].logits(rows, weights[name], columns, out=logits)
+        return _normal(logits, saved, name, rows)
 
-    ids = models.ids[rows]
-    shape = (len(ids), columns.stop - columns.start)
-    logits = models.empty(*shape)
-    models.policy.logits(rows, weights[POLICY], columns, out=logits)
-    logp = _log_probs(logits, saved, POLICY, rows)
-    p = logp.exp()
-    gradient = factor(rates.p) if rates.p_logp is None else (logp * factor(rates.p_logp)).add_(factor(rates.p))
-    if rates.p_squared is not None:
-        gradient = p * factor(rates.p_squared) + gradient
-    gradient = p * gradient
-    ref_logits = models.empty(*shape)
-    for source in models.plan.heads:
-        forms = [(entry, form) for entry, form in models.forms(source) if entry.key in rates.slopes]
-        if forms:
-            models.all[source].logits(rows, weights[source], columns, out=ref_logits)
-            pair = Pair(logp, _log_probs(ref_logits, saved, source, rows))
-            pair.p = p
-        for entry, form in forms:
-            gradient.addcmul_(factor(rates.slopes[entry.key]), form.slope(pair, saved[entry.key][:, rows]))
+    def slopes(source: str) -> list[Slope]:
+        forms = models.forms(source).items()
+        return [Slope(form, rate[key][rows], saved[key][:, rows]) for key, form in forms if key in rate]
+
+    ours = normal(POLICY)
+    references = [(normal(source), found) for source in models.plan.heads if (found := slopes(source))]
+    gradient = models.tiles.gradient(ours, rates, references)
     if rates.chosen is not None:
-        place, inside = place_of(ids, columns.start, shape[1])
-        gradient.scatter_add_(-1, place, rates.chosen[rows] * inside)
-    cap_slope = models.policy.cap_slope(logits)
+        place, inside = place_of(models.ids[rows], columns.start, gradient.shape[1])
+        gradient.scatter_add_(-1, place, rates.chosen * inside)
+    cap_slope = models.policy.cap_slope(ours.logits)
     return gradient if cap_slope is None else gradient.mul_(cap_slope)
