@@ -330,8 +330,9 @@ def test_a_micro_batch_without_tokens_changes_no_extreme(part: Part) -> None:
     empty = metrics_of(part, batch_for(part, replace(data, loss_mask=nothing)))
     for name, metric in metrics_of(part, batch_for(part, data)).items():
         if isinstance(metric, Max | Min):
-            assert not empty[name].value().isinf()
-            assert metric.merge(empty[name]).value() == empty[name].merge(metric).value() == metric.value()
+            both: tuple[Metric, Metric] = (metric, empty[name])
+            assert not both[1].value().isinf()
+            assert both[0].merge(both[1]).value() == both[1].merge(both[0]).value() == metric.value()
 
 
 # --- terms ---------------------------------------------------------------------------
