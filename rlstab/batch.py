@@ -120,7 +120,7 @@ class TokenBatch:
         loss_mask: tokens that are trained on, a subset of `mask` (no tool output); `mask` if not given.
         logps: log-probs in nats of the tokens, by source (see `LogProbs`).
         advantages: per row or per token.
-        rewards: total reward of each row; NaN where it could not be scored.
+        rewards: total reward of each row; NaN where it could not be scored. An infinite one counts as none.
         baseline: a reward to compare each row's with, such as that of the greedy completion of its prompt.
         group: id of the prompt a row answers.
         token_ids: the tokens.

@@ -226,6 +226,14 @@ _OBJECTIVE = (
         direction="lower",
         reduction="sum",
     ),
+    Signal(
+        "objective/<term>/impossible",
+        "tokens that the term <term> leaves out because the policy, or the one it is compared with, gives them "
+        "probability 0",
+        unit="tokens",
+        direction="lower",
+        reduction="sum",
+    ),
     Signal("objective/<term>/<metric>", "metric <metric> of the term <term>; its part documents it"),
 )
 

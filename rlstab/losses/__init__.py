@@ -30,14 +30,11 @@ from rlstab.losses._clipped import (
     GMPO,
     SAPO,
     ClippedSurrogate,
-    clipped_surrogate,
-    gmpo_surrogate,
-    sapo_surrogate,
 )
 from rlstab.losses._conflict import ConflictMask, ConflictWeight, EntropyFilter
 from rlstab.losses._controllers import Controller, EntropyTarget, Linear
-from rlstab.losses._covariance import KLCov, TopCovariance, covariance
-from rlstab.losses._divergence import Divergence, Estimate, warn_overflow
+from rlstab.losses._covariance import KLCov, TopCovariance
+from rlstab.losses._divergence import Divergence, warn_overflow
 from rlstab.losses._divergences import (
     AlphaDivergence,
     ChiSquared,
@@ -54,7 +51,7 @@ from rlstab.losses._divergences import (
 )
 from rlstab.losses._entropy import EntropyBonus, KeptShare
 from rlstab.losses._exact import CauchySchwarz, exact_divergence, exact_kl, exact_statistics
-from rlstab.losses._kl import KL, kl_estimate
+from rlstab.losses._kl import KL
 from rlstab.losses._mean import Mean
 from rlstab.losses._metrics import Hist, Max, Metric, Min, Sum, Total, token_mean
 from rlstab.losses._mismatch import clustered_mean, clustered_ratio, mismatch_rows, mismatch_values
@@ -66,7 +63,6 @@ from rlstab.losses._policy_gradient import (
     ImportanceSurrogate,
     PolicyGradient,
     optimal_value,
-    vespo_weight,
 )
 from rlstab.losses._ratio import GeometricRatio, GSPOTokenRatio, PreClippedRatio, Ratio, SequenceRatio, TokenRatio
 from rlstab.losses._sampler_weight import (
@@ -115,7 +111,6 @@ __all__ = [
     "EntropyFilter",
     "EntropyTarget",
     "EntropyThreshold",
-    "Estimate",
     "Factor",
     "ForwardKL",
     "GPGAdvantage",
@@ -179,26 +174,20 @@ __all__ = [
     "TruncatedIS",
     "Veto",
     "Weight",
-    "clipped_surrogate",
     "clustered_mean",
     "clustered_ratio",
-    "covariance",
     "exact_divergence",
     "exact_kl",
     "exact_statistics",
-    "gmpo_surrogate",
-    "kl_estimate",
     "mismatch_rows",
     "mismatch_values",
     "optimal_value",
     "prepared_parts",
     "presets",
     "run_parts",
-    "sapo_surrogate",
     "streamed_statistics",
     "term_name",
     "token_mean",
     "top_k_divergence",
-    "vespo_weight",
     "warn_overflow",
 ]

@@ -9,8 +9,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlstab.batch import Column, LogProbs, Requirement, TokenBatch
-from rlstab.losses._checks import check_choice, check_positive, check_range
+from rlstab.losses._checks import check_choice, check_part, check_positive, check_range
 from rlstab.losses._parts import RolloutPart
+from rlstab.losses._ratio import missing
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ class Groups:
 class Advantage(RolloutPart):
     """How much better than a baseline a completion was: `[N]`, or `[N, T]` per token. Abstract.
 
-    Rows without a reward (NaN) enter no statistic and have advantage 0. Rows may come in any order, and groups may
-    differ in size.
+    Rows without a finite reward (NaN: it could not be scored; infinities have no mean) enter no statistic and have
+    advantage 0. Rows may come in any order, and groups may differ in size.
     """
 
     @property
@@ -86,7 +87,7 @@ class GroupAdvantage(Advantage):
     def compute(self, batch: TokenBatch) -> Float[Tensor, "N"] | Float[Tensor, "N T"]:
         """The advantages; 0 where there is no reward."""
         rewards, index = batch.column("rewards"), group_index(batch.column("group"))
-        scored = ~rewards.isnan()
+        scored = scored_rows(batch)
         advantages = self.advantages(torch.where(scored, rewards, 0.0), Groups(index, scored), batch)
         return torch.where(scored if advantages.dim() == 1 else scored.unsqueeze(-1), advantages, 0.0)
 
@@ -326,7 +327,8 @@ class ReinforcePP(Advantage):
     r"""Return to go with a KL penalty per token, whitened over all trained tokens of the batch, as in REINFORCE++.
 
     $G_{it} = R_i - \beta \sum_{s \ge t} (\log\pi_\text{old} - \log\pi_\text{initial})_{is}$ (undiscounted; the penalty
-    is the k1 estimate), then $A = (G - \bar G)/\sqrt{\operatorname{var}(G) + \epsilon}$ with the sample variance.
+    is the k1 estimate, 0 at a token that one of the two excludes), then
+    $A = (G - \bar G)/\sqrt{\operatorname{var}(G) + \epsilon}$ with the sample variance.
 
     Args:
         kl_coef: $\beta$; with 0 no reference policy is needed.
@@ -356,10 +358,11 @@ class ReinforcePP(Advantage):
     def compute(self, batch: TokenBatch) -> Float[Tensor, "N T"]:
         """The whitened returns."""
         rewards = batch.column("rewards")
-        tokens = batch.loss_mask & ~rewards.isnan().unsqueeze(-1)
+        tokens = batch.loss_mask & scored_rows(batch).unsqueeze(-1)
         returns = rewards.unsqueeze(-1).expand(batch.shape)
         if self.kl_coef:
-            k1 = torch.where(tokens, batch.logp("old") - batch.logp("initial"), 0.0)
+            known = tokens & ~missing(batch, "old") & ~missing(batch, "initial")
+            k1 = torch.where(known, batch.logp("old") - batch.logp("initial"), 0.0)
             returns = returns - self.kl_coef * k1.flip(-1).cumsum(-1).flip(-1)
         return _whiten(returns, tokens, eps=self.eps)
 
@@ -384,9 +387,9 @@ class ReMax(Advantage):
         return super().requires | {Column("baseline")}
 
     def compute(self, batch: TokenBatch) -> Float[Tensor, "N"]:
-        """The difference to the greedy reward; 0 where either could not be scored."""
+        """The difference to the greedy reward; 0 where either is not finite."""
         advantages = batch.column("rewards") - batch.column("baseline")
-        return torch.where(advantages.isnan(), 0.0, advantages)
+        return torch.where(advantages.isfinite(), advantages, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -419,16 +422,22 @@ class SigmaFilter(Advantage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_part("SigmaFilter.advantage", self.advantage, Advantage, "GroupCenter()")
         check_positive("SigmaFilter.bound", self.bound)
 
     def compute(self, batch: TokenBatch) -> Float[Tensor, "N T"]:
         """The standardised advantages without the outliers."""
         advantages = self.advantage.compute(batch)
         per_token = advantages if advantages.dim() == 2 else advantages.unsqueeze(-1).expand(batch.shape)
-        tokens = batch.loss_mask & ~batch.column("rewards").isnan().unsqueeze(-1)
+        tokens = batch.loss_mask & scored_rows(batch).unsqueeze(-1)
         centred, variance = _centre(per_token, tokens, ddof=0)
         z = centred * variance.clamp(min=1e-8).rsqrt()
         return torch.where(z.abs() <= self.bound, z, 0.0)
+
+
+def scored_rows(batch: TokenBatch) -> Bool[Tensor, "N"]:
+    """Rows with a finite reward."""
+    return batch.column("rewards").isfinite()
 
 
 def group_index(group: Int[Tensor, "N"]) -> Int[Tensor, "N"]:

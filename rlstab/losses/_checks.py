@@ -1,8 +1,48 @@
 """Checks of arguments, with messages that name the key, the value and what was expected."""
 
 import math
+from inspect import isclass
+from numbers import Real
 
 from rlstab.errors import ConfigError
+from rlstab.losses._parts import Part
+
+
+def check_number(key: str, value: object) -> None:
+    """Raise `ConfigError` unless `value` is a finite number.
+
+    >>> check_number("KL.coef", "0.1")
+    Traceback (most recent call last):
+    ...
+    rlstab.errors.ConfigError: KL.coef: expected a finite number, got '0.1'
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise ConfigError(f"{key}: expected a finite number, got {described(value)}")
+
+
+def check_part(key: str, value: object, kind: type[Part], example: str) -> None:
+    """Raise `ConfigError` unless `value` is a part of this kind: an instance, not its class.
+
+    >>> from rlstab.losses import Ratio, TokenRatio
+    >>> check_part("KL.ratio", TokenRatio, Ratio, "TokenRatio()")
+    Traceback (most recent call last):
+    ...
+    rlstab.errors.ConfigError: KL.ratio: expected a Ratio such as TokenRatio(), got the class TokenRatio: call it
+    """
+    if not isinstance(value, kind):
+        raise ConfigError(f"{key}: expected a {kind.__name__} such as {example}, got {described(value)}")
+
+
+def described(value: object) -> str:
+    """A value as messages show it: a class is told from an instance, and what is long is named by its type.
+
+    >>> described("abc"), described([1] * 99)
+    ("'abc'", 'a list')
+    """
+    if isclass(value):
+        return f"the class {value.__name__}: call it"
+    shown = repr(value)
+    return shown if len(shown) <= 60 and "\n" not in shown else f"a {type(value).__name__}"
 
 
 def check_range(key: str, value: float, low: float = -math.inf, high: float = math.inf) -> None:

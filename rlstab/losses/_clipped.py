@@ -12,7 +12,7 @@ from rlstab.errors import ConfigError, ShapeError
 from rlstab.losses._checks import check_positive, check_range
 from rlstab.losses._mean import Mean, MeanField
 from rlstab.losses._metrics import Metric
-from rlstab.losses._ratio import finite_logp, masked_row_mean, ratio_of
+from rlstab.losses._ratio import masked_row_mean, ratio_of
 from rlstab.losses._surrogate import RatioSurrogate, clip_metrics, clip_share, ratio_max
 
 
@@ -56,7 +56,7 @@ class ClippedSurrogate(RatioSurrogate):
         weights: detached factors.
 
     Metrics: `clip_low`, `clip_high`, `clip_region`, `clip_low_min`, `clip_high_max` (shares where the clip stops the
-    gradient), `ratio_max`; with `dual` also `clip_dual`.
+    gradient), `ratio_max`, `impossible` (tokens without a ratio); with `dual` also `clip_dual`.
 
     Raises:
         ConfigError: for bounds out of range, or both `dual` and `cap`.
@@ -128,7 +128,8 @@ class CISPO(RatioSurrogate):
         weights: detached factors.
 
     Metrics: `clip_high`, the share of ratios above `max` at A > 0; with `min` also `clip_low`, that of ratios below it
-    at A < 0; `ratio_max`.
+    at A < 0; `ratio_max`; `impossible`, the number of tokens left out because the policy or the old one gives them
+    probability 0.
 
     Raises:
         ConfigError: unless 0 <= min < max.
@@ -157,11 +158,16 @@ class CISPO(RatioSurrogate):
         """The bounds, if 1 lies between them."""
         return ("the clip of CISPO",) if (self.min or 0.0) <= 1 <= self.max else ()
 
+    @property
+    def scored_by(self) -> tuple[str, ...]:
+        """The policy, whose log-prob is the loss, and the denominator of the ratio."""
+        return ("policy", self.ratio.against)
+
     def surrogate(self, batch: TokenBatch) -> tuple[Float[Tensor, "B T"], dict[str, Metric]]:
         """The weighted log-probs."""
         ratio = ratio_of(self.ratio.log_ratio(batch).detach())  # sg(r): a weight
         advantages = batch.token_advantages()
-        loss = ratio.clamp(self.min, self.max) * -advantages * finite_logp(batch.logp("policy"))
+        loss = ratio.clamp(self.min, self.max) * -advantages * batch.logp("policy")
         metrics: dict[str, Metric] = {"ratio_max": ratio_max(ratio, batch)}
         metrics["clip_high"] = clip_share((ratio > self.max) & (advantages > 0), batch)
         if self.min is not None:
@@ -194,7 +200,7 @@ class SAPO(RatioSurrogate):
         ratio: the importance ratio.
         weights: detached factors.
 
-    Metrics: `ratio_max`.
+    Metrics: `ratio_max`; `impossible`, the number of tokens without a ratio.
 
     Raises:
         ConfigError: if a temperature is not positive.

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from rlstab.batch import Column, Requirement, TokenBatch, VocabStat
 from rlstab.errors import ConfigError
-from rlstab.losses._advantage import Advantage, GroupCenter, group_index
-from rlstab.losses._checks import check_choice, check_positive
+from rlstab.losses._advantage import Advantage, GroupCenter, group_index, scored_rows
+from rlstab.losses._checks import check_choice, check_number, check_part, check_positive
 from rlstab.losses._metrics import Metric, token_mean
 from rlstab.losses._parts import RolloutPart
 from rlstab.losses._weight import Factor, Weight
@@ -50,6 +50,10 @@ class ConflictMask(RolloutPart):
     """
 
     advantage: Advantage = field(default_factory=GroupCenter)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_part("ConflictMask.advantage", self.advantage, Advantage, "GroupCenter()")
 
     @property
     def requires(self) -> frozenset[Requirement]:
@@ -125,6 +129,7 @@ class ConflictWeight(Weight):
     def __post_init__(self) -> None:
         check_choice("ConflictWeight.overlap", self.overlap, ("max", "product"))
         check_positive("ConflictWeight.positive", self.positive)
+        check_part("ConflictWeight.mask", self.mask, ConflictMask, "ConflictMask()")
 
     @property
     def requires(self) -> frozenset[Requirement]:
@@ -171,6 +176,12 @@ class EntropyFilter(Advantage):
     threshold: float = math.log(2)
     scale: float = 0.1
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_part("EntropyFilter.advantage", self.advantage, Advantage, "GroupCenter()")
+        check_number("EntropyFilter.threshold", self.threshold)
+        check_number("EntropyFilter.scale", self.scale)
+
     @property
     def requires(self) -> frozenset[Requirement]:
         """Entropies, and what the advantage reads."""
@@ -181,7 +192,7 @@ class EntropyFilter(Advantage):
         advantages = self.advantage.compute(batch)
         entropy = batch.statistic("entropy").detach()  # a reward, not a bonus: the policy gradient carries it
         entropies = (entropy * batch.loss_mask).sum(-1) / batch.loss_mask.sum(-1).clamp(min=1)
-        kept = (entropies <= self.threshold) & ~batch.column("rewards").isnan()
+        kept = (entropies <= self.threshold) & scored_rows(batch)
         if advantages.dim() == 2:
             entropies, kept = entropies.unsqueeze(-1), kept.unsqueeze(-1)
         return torch.where(kept, advantages - self.scale * entropies, 0.0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlstab.errors import ConfigError
+from rlstab.losses._checks import check_number
 
 
 @dataclass(kw_only=True, eq=False)
@@ -59,6 +60,8 @@ class Linear(Controller):
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ConfigError(f"Linear.steps: expected at least 1, got {self.steps}")
+        check_number("Linear.start", self.start)
+        check_number("Linear.end", self.end)
         self._set(self.start)
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -11,6 +11,7 @@ from rlstab.batch import Column, LogProbs, Requirement, TokenBatch
 from rlstab.losses._checks import check_choice, check_positive, check_range
 from rlstab.losses._metrics import token_mean
 from rlstab.losses._parts import StepStatistic
+from rlstab.losses._ratio import missing
 from rlstab.losses._term import Loss, Term
 
 
@@ -87,7 +88,8 @@ class KLCov(Term):
     r"""Keep the log-probs of a step's high-covariance tokens where they were: $|\log\pi - \log\pi_\text{old}|$ there.
 
     The tokens are those of `TopCovariance`: raising a likely token that has a high advantage (or lowering an unlikely
-    one with a low advantage) is what lowers the entropy. All other tokens have loss 0 and stay in the mean's count.
+    one with a low advantage) is what lowers the entropy. All other tokens have loss 0 and stay in the mean's count, and
+    so do those to which the old policy gave probability 0.
     Made for a surrogate without clip. With one update per batch the policy is the old one, and the term is exactly 0.
 
     Args:
@@ -119,6 +121,7 @@ class KLCov(Term):
     selection: TopCovariance = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive("KLCov.fraction", self.fraction)
         check_range("KLCov.fraction", self.fraction, 0, 1)
         check_choice("KLCov.over", self.over, ("step", "micro_batch"))
@@ -138,6 +141,6 @@ class KLCov(Term):
     def loss(self, batch: TokenBatch) -> Loss:
         """The distance to the old log-probs at the chosen tokens."""
         chosen = batch.part(self.selection.key) if self.over == "step" else self.selection.compute(batch)
-        distance = (batch.logp("policy") - batch.logp("old")).abs()
-        metrics = {"selected": token_mean(chosen.to(distance.dtype), batch.token_weight)}
-        return Loss(torch.where(chosen, distance, 0.0), metrics)
+        difference = batch.logp("policy") - batch.logp("old")
+        metrics = {"selected": token_mean(chosen.to(difference.dtype), batch.token_weight)}
+        return Loss(torch.where(chosen & ~missing(batch, "old"), difference, 0.0).abs(), metrics)

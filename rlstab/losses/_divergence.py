@@ -84,6 +84,7 @@ class Divergence(Term):
     """Whose prefixes weigh the token divergences that add up to that of sequences, if they do."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         name = type(self).__name__
         if self.samples is not None:
             check_choice(f"{name}.samples", self.samples, ("policy", "old", "sampler", "reference"))

@@ -11,7 +11,7 @@ from rlstab.batch import Requirement, TokenBatch, VocabStat
 from rlstab.losses._metrics import Sum
 from rlstab.losses._parts import StepStatistic
 from rlstab.losses._term import Loss, Term
-from rlstab.losses._weight import Weight
+from rlstab.losses._weight import Weight, weights_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,10 @@ class KeptShare(StepStatistic):
     """
 
     weights: Sequence[Weight]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", weights_of("KeptShare.weights", self.weights))
+        super().__post_init__()
 
     def compute(self, batch: TokenBatch) -> Float[Tensor, ""]:
         """Kept tokens over all tokens."""
@@ -67,7 +71,8 @@ class EntropyBonus(Term):
     share: KeptShare = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "weights", tuple(self.weights))
+        super().__post_init__()
+        object.__setattr__(self, "weights", weights_of("EntropyBonus.weights", self.weights))
         object.__setattr__(self, "share", KeptShare(weights=self.weights))
 
     @property

@@ -230,6 +230,7 @@ class CauchySchwarz(Term):
     _exact_key = ""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "_exact_key", ExactDivergence(self, self.reference).key)
 
     @property

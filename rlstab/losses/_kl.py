@@ -9,32 +9,67 @@ from torch import Tensor
 
 from rlstab.batch import LogProbs, Requirement, TokenBatch
 from rlstab.errors import ConfigError
-from rlstab.losses._checks import check_choice
-from rlstab.losses._metrics import token_mean
-from rlstab.losses._ratio import Ratio, TokenRatio, finite_logp, ratio_of
+from rlstab.losses._checks import check_choice, check_part
+from rlstab.losses._divergence import Estimate
+from rlstab.losses._metrics import Total, token_mean
+from rlstab.losses._ratio import Ratio, TokenRatio, bounded_log, finite_logp, missing
 from rlstab.losses._term import Loss, Term
 
 Estimator = Literal["k1", "k2", "k3"]
 
+FAR = 60.0  # e^FAR times any log-ratio fits float32
 
-def kl_estimate(log_ratio: Float[Tensor, "*shape"], *, estimator: Estimator) -> Float[Tensor, "*shape"]:
+
+@torch.no_grad()
+def estimate(estimator: Estimator, log_ratio: Float[Tensor, "*shape"]) -> Estimate:
     r"""With $a = \log\pi - \log\text{ref}$: `k1` $= a$, `k2` $= a^2/2$, `k3` $= e^{-a} - 1 + a$.
 
-    Reference: Approximating KL Divergence (J. Schulman), http://joschu.net/blog/kl-approx.html
-
-    >>> kl_estimate(torch.tensor([0.0, 1.0]), estimator="k2")
-    tensor([0.0000, 0.5000])
+    >>> estimate("k2", torch.tensor([0.0, 3.0]))
+    Estimate(value=tensor([0.0000, 4.5000]), slope=tensor([0., 3.]))
     """
     if estimator == "k1":
-        return log_ratio
+        return Estimate(log_ratio, torch.ones_like(log_ratio))
     if estimator == "k2":
-        return log_ratio.square() / 2
-    return torch.expm1(-log_ratio) + log_ratio
+        return Estimate(log_ratio * (log_ratio / 2), log_ratio)
+    change = torch.expm1(-log_ratio)
+    return Estimate(change + log_ratio, -change.clamp(max=torch.finfo(change.dtype).max))
+
+
+@torch.no_grad()
+def weighted_estimate(
+    estimator: Estimator, log_ratio: Float[Tensor, "*shape"], log_weight: Float[Tensor, "*#shape"], *, joint: bool
+) -> Estimate:
+    r"""The estimate times $w$, with the slope at fixed $w$ or, `joint`, where $w \propto \pi$.
+
+    | | value | slope | joint slope |
+    |---|---|---|---|
+    | `k1` | $w a$ | $w$ | $w (1 + a)$ |
+    | `k2` | $w a^2 / 2$ | $w a$ | $w (a + a^2 / 2)$ |
+    | `k3` | $w (e^{-a} - 1 + a)$ | $-w (e^{-a} - 1)$ | $w a$ |
+
+    Where $e^{-a}$ is large, its exponent is added to that of $w$ before `exp`. Slopes are held at the largest number.
+
+    >>> weighted_estimate("k3", torch.tensor([-199.0]), torch.tensor([-199.0]), joint=True).value  # exp(-199 + 199)
+    tensor([1.])
+    """
+    weight = log_weight.exp()
+    limit = torch.finfo(weight.dtype).max
+    if estimator == "k3":
+        opposite = -log_ratio
+        near = opposite.clamp(max=FAR)
+        change, scale = torch.expm1(near), (log_weight + (opposite - near)).exp()
+        value = scale * (change + log_ratio)
+        return Estimate(value, weight * log_ratio if joint else (-scale * change).clamp(min=-limit))
+    plain = estimate(estimator, log_ratio)
+    value, slope = weight * plain.value, weight * plain.slope
+    return Estimate(value, (slope + value if joint else slope).clamp(-limit, limit))
 
 
 @dataclass(frozen=True, kw_only=True)
 class KL(Term):
     r"""A sampled KL penalty, for compatibility with the hosts: an estimator times a weight $w = \pi/\pi_\text{old}$.
+
+    With $a = \log\pi - \log\text{ref}$: `k1` $= a$, `k2` $= a^2/2$, `k3` $= e^{-a} - 1 + a$.
 
     Tokens are drawn from *old* (on policy: from the policy). Target: token, that is the divergence at the prefixes
     that were sampled. What the gradient of each combination descends:
@@ -48,22 +83,33 @@ class KL(Term):
     `KL(estimator="k3")` is what GRPO prints; `KL(estimator="k3", weight="differentiable")` is DeepSeek-V3.2's. For an
     estimator that says what it descends, use `ReverseKL` or `ForwardKL`.
 
+    Values beyond the dtype are `+inf` and counted, with the gradient held at the largest number. A token to which the
+    policy gives probability 0 has no gradient, and with a weight counts 0. One that has no weight (see `Ratio`) is left
+    out and counted.
+
     Args:
+        coef: coefficient, a number or a controller.
+        mean: how the loss becomes a number.
+        rows: which rows the term acts on.
         estimator: see the table.
         weight: factor of the estimate, without or with gradient.
         reference: source of the reference policy.
         ratio: the importance ratio used as weight.
 
-    Raises:
-        ConfigError: for `k1` with a gradient that is zero in expectation.
+    Metrics: `kl`, the token mean of the weighted estimate; `overflow`, at how many tokens it is infinite; with a weight
+    `impossible` (for a ratio to the sampler `unscored`), the number of tokens left out.
 
-    Reference: Rethinking KL Regularization in RLHF, https://arxiv.org/abs/2510.01555; DeepSeek-V3.2,
-    https://arxiv.org/abs/2512.02556
+    Raises:
+        ConfigError: for `k1` with a gradient that is zero in expectation, or if the ratio is none.
+
+    Reference: Approximating KL Divergence (J. Schulman), http://joschu.net/blog/kl-approx.html; Rethinking KL
+    Regularization in RLHF, https://arxiv.org/abs/2510.01555; DeepSeek-V3.2, https://arxiv.org/abs/2512.02556
 
     >>> logp = torch.tensor([[-1.0]], requires_grad=True)
     >>> batch = TokenBatch(mask=torch.ones(1, 1), logps={"policy": logp, "initial": torch.tensor([[-2.0]])})
-    >>> KL(estimator="k2").loss(batch).values
-    tensor([[0.5000]], grad_fn=<DivBackward0>)
+    >>> loss = KL(estimator="k2").loss(batch).values
+    >>> loss.sum().backward(); loss.detach(), logp.grad
+    (tensor([[0.5000]]), tensor([[1.]]))
     """  # noqa: E501  # a table
 
     estimator: Estimator = "k3"
@@ -72,8 +118,10 @@ class KL(Term):
     ratio: Ratio = field(default_factory=TokenRatio)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("KL.estimator", self.estimator, ("k1", "k2", "k3"))
         check_choice("KL.weight", self.weight, ("none", "detached", "differentiable"))
+        check_part("KL.ratio", self.ratio, Ratio, "TokenRatio()")
         if self.estimator == "k1" and self.weight != "differentiable":
             raise ConfigError(
                 f"KL(estimator='k1', weight={self.weight!r}) has an expected gradient of zero: use "
@@ -87,10 +135,26 @@ class KL(Term):
         return mine if self.weight == "none" else mine | self.ratio.requires
 
     def loss(self, batch: TokenBatch) -> Loss:
-        """The weighted estimate per token; metric `kl`, its token mean."""
-        log_ratio = finite_logp(batch.logp("policy")) - finite_logp(batch.logp(self.reference))
-        value = kl_estimate(log_ratio, estimator=self.estimator)
-        if self.weight != "none":
-            factor = ratio_of(self.ratio.log_ratio(batch))
-            value = value * (factor if self.weight == "differentiable" else factor.detach())
-        return Loss(value, {"kl": token_mean(value, batch.token_weight)})
+        """The weighted estimate per token."""
+        logp = finite_logp(batch.logp("policy"))
+        log_ratio = logp.detach() - finite_logp(batch.logp(self.reference))
+        if self.weight == "none":
+            return self._loss(estimate(self.estimator, log_ratio), logp, batch)
+        log_weight = bounded_log(self.ratio.log_ratio(batch))
+        left_out = missing(batch, self.ratio.against)
+        limit = torch.finfo(log_weight.dtype).max
+        moves = self.weight == "differentiable"
+        joint = moves and type(self.ratio) is TokenRatio  # one slope, where the sum of two would cancel
+        weighted = weighted_estimate(self.estimator, log_ratio, torch.where(left_out, -limit, log_weight), joint=joint)
+        values, metrics = self._loss(weighted, logp, batch)
+        if moves and not joint:
+            values = torch.addcmul(values, weighted.value.clamp(-limit, limit), log_weight - log_weight.detach())
+        name = "unscored" if self.ratio.against == "sampler" else "impossible"
+        return Loss(values, {**metrics, name: Total(left_out.sum())})
+
+    def _loss(self, found: Estimate, logp: Float[Tensor, "B T"], batch: TokenBatch) -> Loss:
+        """A loss with this value and this slope in the log-probs."""
+        value, slope = found
+        overflow = Total((value == torch.inf).sum())
+        metrics = {"kl": token_mean(value, batch.token_weight), "overflow": overflow}
+        return Loss(torch.addcmul(value, slope, logp - logp.detach()), metrics)

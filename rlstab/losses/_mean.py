@@ -97,6 +97,11 @@ class MeanField:
 
     def __set__(self, term: Any, value: Mean) -> None:
         """Bind the mean to the term."""
+        if not isinstance(value, Mean):
+            raise ConfigError(
+                f"{type(term).__name__}.mean: expected a Mean such as Mean(unit='token'), got {value!r}: "
+                "or call .mean('token') on the term"
+            )
         term.__dict__["_mean"] = BoundMean(value, term)
 
 

@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from rlstab.batch import Requirement, TokenBatch
 from rlstab.errors import CompositionError, ConfigError
+from rlstab.losses._checks import check_part, described
 from rlstab.losses._controllers import Controller
 from rlstab.losses._metrics import Metric
 from rlstab.losses._parts import RolloutPart
@@ -34,11 +36,13 @@ class ObjectiveLoss(NamedTuple):
 class Objective:
     """A sum of named terms: a loss of a `TokenBatch`.
 
-    Names are the metric names and the keys in a recipe. `a + b` joins objectives and terms; `c * objective` multiplies
-    every coefficient.
+    Names are the metric names and the keys in a recipe. `a + b`, `a - b` and `sum` join objectives and terms; a term
+    takes its name from its class. `c * objective`, `objective / c` and `-objective` multiply every coefficient.
+
+    A term whose coefficient is 0 adds 0 to the loss and to the gradient, even where its own value is infinite.
 
     Args:
-        terms: terms by name.
+        terms: terms by name, or a single term.
         advantage: the advantage that belongs to the method: a trainer uses it where the user names none.
         **named: the same, as keywords.
 
@@ -65,8 +69,15 @@ class Objective:
     advantage: RolloutPart | None
 
     def __init__(
-        self, terms: Mapping[str, Term] | None = None, *, advantage: RolloutPart | None = None, **named: Term
+        self, terms: Mapping[str, Term] | Term | None = None, *, advantage: RolloutPart | None = None, **named: Term
     ) -> None:
+        if isinstance(terms, Term):
+            terms = {term_name(terms): terms}
+        if terms is not None and not isinstance(terms, Mapping):
+            raise ConfigError(
+                "objective.terms: expected terms by name, as in Objective(policy=ClippedSurrogate()), "
+                f"got {described(terms)}"
+            )
         clash = sorted(set(terms or {}) & set(named))
         if clash:
             raise CompositionError(f"term names {clash} are given twice")
@@ -79,9 +90,11 @@ class Objective:
             raise ConfigError("an objective needs at least one term, as in Objective(policy=ClippedSurrogate())")
         for name, term in self.terms.items():
             if not isinstance(term, Term):
-                raise ConfigError(f"objective.terms.{name}: expected a term, got {type(term).__name__}")
+                raise ConfigError(f"objective.terms.{name}: expected a term, got {described(term)}")
             if not name.replace("_", "").isalnum():
                 raise ConfigError(f"term name {name!r}: expected letters, digits and underscores (it names metrics)")
+        if self.advantage is not None:
+            check_part("objective.advantage", self.advantage, RolloutPart, "GroupNorm()")
         surrogates: dict[str, str] = {}
         for name, term in self.terms.items():
             if isinstance(term, Surrogate) and surrogates.setdefault(term.rows, name) != name:
@@ -102,7 +115,7 @@ class Objective:
     def __call__(self, *batches: TokenBatch) -> ObjectiveLoss:
         """The loss of a micro-batch: one `TokenBatch` per row source that the terms name."""
         sources = {batch.rows: batch for batch in batches}
-        total: Tensor | None = None
+        shares: list[Tensor] = []
         reports: dict[str, TermReport] = {}
         for name, term in self.terms.items():
             if term.rows not in sources:
@@ -114,15 +127,15 @@ class Objective:
             values, metrics = term.loss(batch)
             value = term.mean.reduce(values, batch)
             weight = term.coefficient
-            weighted = _times(weight, value)
-            total = weighted if total is None else total + weighted
+            shares.append(_times(weight, value))
             reports[name] = TermReport(value.detach(), weight, metrics)
-        assert total is not None
-        return ObjectiveLoss(total, reports)
+        return ObjectiveLoss(sum(shares[1:], start=shares[0]), reports)
 
     def __add__(self, other: "Objective | Term") -> "Objective":
         if isinstance(other, Term):
-            other = Objective({term_name(other): other})
+            other = Objective(other)
+        if not isinstance(other, Objective):
+            return NotImplemented
         clash = sorted(set(self.terms) & set(other.terms))
         if clash:
             raise CompositionError(
@@ -140,6 +153,19 @@ class Objective:
         return Objective({name: factor * term for name, term in self.terms.items()}, advantage=self.advantage)
 
     __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> "Objective":
+        return Objective({name: term / divisor for name, term in self.terms.items()}, advantage=self.advantage)
+
+    def __neg__(self) -> "Objective":
+        return self * -1
+
+    def __sub__(self, other: "Objective | Term") -> "Objective":
+        return self + -other if isinstance(other, Objective | Term) else NotImplemented
+
+    def __radd__(self, zero: int) -> "Objective":
+        """`0 + objective`, with which `sum` begins."""
+        return self if isinstance(zero, int) and zero == 0 else NotImplemented
 
     @property
     def controllers(self) -> dict[str, Controller]:
@@ -168,6 +194,8 @@ class Objective:
 
 
 def _times(weight: float | Tensor, value: Tensor) -> Tensor:
-    if isinstance(weight, Tensor):
-        return weight.to(value.dtype) * value
-    return value if weight == 1.0 else weight * value
+    """The weighted value; 0 where the weight is 0, even of an infinite value."""
+    if not isinstance(weight, Tensor) and weight != 0:
+        return value if weight == 1 else weight * value
+    factor = torch.zeros_like(value).add_(weight)  # on the value's device and in its dtype, without waiting for it
+    return torch.where(factor == 0, 0.0, factor * value)

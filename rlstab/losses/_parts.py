@@ -36,8 +36,8 @@ class Part(ABC):
         return frozenset(need for part in self._inner_parts() for need in part.requires)
 
     def _inner_parts(self) -> Iterable["Part"]:
-        for field in dataclasses.fields(self):
-            value = self.__dict__.get(field.name)
+        for own in dataclasses.fields(self):
+            value = self.__dict__.get(own.name)
             for item in value if isinstance(value, list | tuple) else (value,):
                 if isinstance(item, Part):
                     yield item

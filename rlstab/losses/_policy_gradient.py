@@ -9,10 +9,10 @@ from torch import Tensor
 
 from rlstab.batch import Column, LogProbs, Requirement, TokenBatch
 from rlstab.errors import CompositionError
-from rlstab.losses._checks import check_positive, check_range
+from rlstab.losses._checks import check_part, check_positive, check_range
 from rlstab.losses._mean import Mean, MeanField
 from rlstab.losses._metrics import Metric, Sum, mask_like, token_mean
-from rlstab.losses._ratio import finite_logp, ratio_of
+from rlstab.losses._ratio import missing, ratio_of
 from rlstab.losses._sampler_weight import SamplerCorrection
 from rlstab.losses._surrogate import RatioSurrogate, Surrogate, ratio_max
 
@@ -27,7 +27,8 @@ class PolicyGradient(Surrogate):
     Args:
         weights: detached factors.
 
-    Metrics: `logp`, the mean log-prob of the tokens.
+    Metrics: `logp`, the mean log-prob of the tokens; `impossible`, the number of tokens left out because the policy
+    gives them probability 0.
 
     Reference: Williams, Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning,
     https://doi.org/10.1007/BF00992696; GPG, https://arxiv.org/abs/2504.02546
@@ -42,8 +43,9 @@ class PolicyGradient(Surrogate):
 
     def surrogate(self, batch: TokenBatch) -> tuple[Float[Tensor, "B T"], dict[str, Metric]]:
         """The log-probs, weighted with the advantages."""
-        logp = finite_logp(batch.logp("policy"))
-        return -batch.token_advantages() * logp, {"logp": token_mean(logp, batch.token_weight)}
+        impossible = missing(batch, "policy")
+        logp = torch.where(impossible, 0.0, batch.logp("policy"))
+        return -batch.token_advantages() * logp, {"logp": token_mean(logp, batch.loss_mask & ~impossible)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,7 @@ class ImportanceSurrogate(RatioSurrogate):
         ratio: the importance ratio.
         weights: detached factors.
 
-    Metrics: `ratio_max`.
+    Metrics: `ratio_max`; `impossible`, the number of tokens without a ratio.
 
     >>> import torch
     >>> logp = torch.tensor([[-1.0]], requires_grad=True)
@@ -115,7 +117,8 @@ class VESPO(RatioSurrogate):
         ratio: the importance ratio, per token.
         weights: detached factors; no correction for the sampler.
 
-    Metrics: `phi`, its mean over rows, and `ratio_max`, the largest $W$.
+    Metrics: `phi`, its mean over rows, `ratio_max`, the largest $W$, and `impossible`, the number of tokens left out
+    because the policy or the old one gives them probability 0.
 
     Raises:
         ConfigError: if a `k` is negative or a `lambda` not positive, or the ratio has one value per sequence.
@@ -139,6 +142,8 @@ class VESPO(RatioSurrogate):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._token_ratio_only()
+        if self.correction is not None:
+            check_part("VESPO.correction", self.correction, SamplerCorrection, "TruncatedIS(max=2.0)")
         for name in ("k_pos", "k_neg"):
             check_range(f"VESPO.{name}", self.__dict__[name], 0)
         for name in ("lambda_pos", "lambda_neg"):
@@ -148,6 +153,11 @@ class VESPO(RatioSurrogate):
             raise CompositionError(
                 f"VESPO.weights: {outside[0]} is part of the sequence's weight here: pass correction={outside[0]}(...)"
             )
+
+    @property
+    def scored_by(self) -> tuple[str, ...]:
+        """The policy, whose log-prob is the loss, and the denominator of the ratio."""
+        return ("policy", self.ratio.against)
 
     def _corrections(self) -> list[str]:
         return super()._corrections() + ([] if self.correction is None else [type(self.correction).__name__])
@@ -175,7 +185,7 @@ class VESPO(RatioSurrogate):
             k_neg=self.k_neg,
             lambda_neg=self.lambda_neg,
         )
-        loss = phi * -advantages * finite_logp(batch.logp("policy"))
+        loss = phi * -advantages * batch.logp("policy")
         metrics["phi"] = token_mean(phi, batch.token_weight)
         metrics["ratio_max"] = ratio_max(ratio_of(log_weight), batch)
         return loss if self.correction is None else self.correction.drop_unscored(loss, batch), metrics
@@ -217,7 +227,8 @@ class AStarPO(Surrogate):
         reference: source of the reference policy.
         weights: detached factors.
 
-    Metrics: `log_ratio`, the mean over rows of $\sum_t (\log\pi - \log\pi_\text{ref})$; `advantage`, that of $R - V^*$.
+    Metrics: `log_ratio`, the mean over rows of $\sum_t (\log\pi - \log\pi_\text{ref})$; `advantage`, that of $R - V^*$;
+    `impossible`, the number of tokens left out of the sum because the policy or the reference gives them probability 0.
 
     Raises:
         ConfigError: if `beta` is not positive.
@@ -249,13 +260,18 @@ class AStarPO(Surrogate):
         own = {Column("rewards"), Column("baseline"), LogProbs(self.reference)}
         return super().requires - {Column("advantages")} | own
 
+    @property
+    def scored_by(self) -> tuple[str, ...]:
+        """The policy and its reference."""
+        return ("policy", self.reference)
+
     def surrogate(self, batch: TokenBatch) -> tuple[Float[Tensor, "B 1"], dict[str, Metric]]:
-        """The squared error per row; 0 for rows without a reward or a value."""
+        """The squared error per row; 0 for rows without a finite reward or value."""
         advantage = (batch.column("rewards") - batch.column("baseline")).unsqueeze(-1)
-        scored = ~advantage.isnan()
+        scored = advantage.isfinite()
         advantage = torch.where(scored, advantage, 0.0)
-        log_ratio = (finite_logp(batch.logp("policy")) - finite_logp(batch.logp(self.reference))) * batch.loss_mask
-        log_ratio = log_ratio.sum(-1, keepdim=True)
+        known = batch.loss_mask & ~missing(batch, "policy") & ~missing(batch, self.reference)
+        log_ratio = torch.where(known, batch.logp("policy") - batch.logp(self.reference), 0.0).sum(-1, keepdim=True)
         loss = (self.beta * log_ratio - advantage).square() * scored
         count = scored.sum()
         return loss, {

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import hardtanh
 
 from rlstab.batch import LogProbs, Requirement, TokenBatch
-from rlstab.losses._checks import check_positive, check_range
+from rlstab.losses._checks import check_part, check_positive, check_range
 from rlstab.losses._parts import Part
 
 
@@ -28,8 +28,13 @@ def ratio_of(log_ratio: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     >>> ratio_of(torch.tensor([0.0, 500.0]))
     tensor([1.0000e+00, 1.1189e+19])
     """
+    return bounded_log(log_ratio).exp()
+
+
+def bounded_log(log_ratio: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The finite logarithm of `ratio_of`."""
     # hardtanh: a clamp whose backward pass is several times faster on a CPU
-    return hardtanh(log_ratio, -torch.finfo(log_ratio.dtype).max, ratio_limit(log_ratio.dtype)).exp()
+    return hardtanh(log_ratio, -torch.finfo(log_ratio.dtype).max, ratio_limit(log_ratio.dtype))
 
 
 def finite_logp(logp: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -48,17 +53,30 @@ def masked_row_mean(values: Float[Tensor, "B T"], mask: Shaped[Tensor, "B T"]) -
     return ((values * mask).sum(-1) / mask.sum(-1).clamp(min=1)).unsqueeze(-1)
 
 
-def unscored(batch: TokenBatch) -> Bool[Tensor, "B T"]:
-    """Tokens that the sampler could not score: its log-prob is NaN."""
-    return batch.logp("sampler").isnan()
+def missing(batch: TokenBatch, source: str) -> Bool[Tensor, "B T"]:
+    """Tokens that a ratio to `source` knows nothing about: their log-prob there is -inf, or NaN if `source` scores.
+
+    A policy cannot have drawn a token to which it gives probability 0. NaN is what an engine says of a token that it
+    could not score; from any other source it is an error, and stays visible.
+
+    >>> batch = TokenBatch(mask=torch.ones(1, 3), logps={"sampler": torch.tensor([[-1.0, torch.nan, -torch.inf]])})
+    >>> missing(batch, "sampler")
+    tensor([[False,  True,  True]])
+    """
+
+    def find(batch: TokenBatch) -> Bool[Tensor, "B T"]:
+        logp = batch.logp(source).detach()
+        return ~(logp > -torch.inf) if source == "sampler" else logp == -torch.inf
+
+    return batch.once(f"missing from {source}", find)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio(Part):
     r"""The log of an importance ratio $\pi/\pi_\text{against}$, with gradient. Abstract.
 
-    A token to which both policies give probability 0 has no ratio: NaN. One that the sampler could not score (NaN) has
-    ratio 1 and no gradient against it.
+    A token that the denominator cannot have drawn (its log-prob is -inf), or that the sampler could not score (NaN),
+    has no ratio. It is no evidence about a sequence: ratio 1, without gradient. Surrogates leave it out and count it.
 
     Args:
         against: source of the denominator: `old`, or `sampler` (PPO against the behaviour policy, "bypass": the
@@ -84,7 +102,7 @@ class Ratio(Part):
     def token_log_ratio(self, batch: TokenBatch) -> Float[Tensor, "B T"]:
         """The log-ratio of each token, from which other ratios are made."""
         log_ratio = batch.logp("policy") - batch.logp(self.against)
-        return torch.where(unscored(batch), 0.0, log_ratio) if self.against == "sampler" else log_ratio
+        return torch.where(missing(batch, self.against), 0.0, log_ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +182,7 @@ class GSPOTokenRatio(Ratio):
     def log_ratio(self, batch: TokenBatch) -> Float[Tensor, "B T"]:
         """The sequence's value at each of its tokens."""
         sequence = masked_row_mean(self.token_log_ratio(batch), batch.token_weight).detach()  # sg(s): value only
-        logp = batch.logp("policy")
+        logp = finite_logp(batch.logp("policy"))
         return sequence + logp - logp.detach()  # the token's gradient with value 0
 
 
@@ -196,6 +214,7 @@ class PreClippedRatio(Ratio):
     max: float = 1e3
 
     def __post_init__(self) -> None:
+        check_part("PreClippedRatio.ratio", self.ratio, Ratio, "TokenRatio()")
         check_positive("PreClippedRatio.min", self.min)
         check_range("PreClippedRatio.min", self.min, 0, 1)
         check_range("PreClippedRatio.max", self.max, 1)

@@ -14,7 +14,7 @@ from rlstab.errors import ConfigError
 from rlstab.losses._checks import check_bounds, check_choice, check_positive
 from rlstab.losses._metrics import Max, Metric, Sum, Total, mask_like, masked_max, masked_min
 from rlstab.losses._parts import part_name
-from rlstab.losses._ratio import ratio_of
+from rlstab.losses._ratio import missing, ratio_of
 from rlstab.losses._weight import Factor, Weight
 
 Unscored = Literal["drop", "keep"]
@@ -25,9 +25,9 @@ class SamplerWeight(Weight):
     r"""A weight that reads the raw ratio $\rho_t = \exp(\log\pi_\text{old} - \log\pi_\text{sampler})$. Abstract.
 
     Args:
-        unscored: what becomes of a token that the engine could not score (its log-prob is NaN): `drop` leaves it out
-            of the loss, `keep` gives it $\rho = 1$, as TRL does. Either way it is counted, and is no evidence about
-            its sequence.
+        unscored: what becomes of a token that the engine could not score (its log-prob is NaN, or -inf, which no token
+            has that was drawn): `drop` leaves it out of the loss, `keep` gives it $\rho = 1$, as TRL does. Either way
+            it is counted, and is no evidence about its sequence.
 
     Metrics: `unscored`, the number of such tokens.
     """
@@ -56,8 +56,8 @@ class SamplerWeight(Weight):
         """The weight of tokens or rows, from the tokens that have a score, and its metrics."""
 
     def scored(self, batch: TokenBatch) -> Bool[Tensor, "B T"]:
-        """Positions where the engine left no NaN."""
-        return batch.once("scored", lambda batch: ~batch.logp("sampler").isnan())
+        """Positions that the engine scored."""
+        return batch.once("scored", lambda batch: ~missing(batch, "sampler"))
 
     def counted(self, batch: TokenBatch) -> Bool[Tensor, "B T"]:
         """Tokens of the loss that have a score."""

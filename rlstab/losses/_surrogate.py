@@ -10,28 +10,37 @@ from torch import Tensor
 
 from rlstab.batch import Column, LogProbs, Requirement, TokenBatch
 from rlstab.errors import CompositionError, ConfigError
+from rlstab.losses._checks import check_part
 from rlstab.losses._metrics import Max, Metric, Min, Sum, Total, mask_like
-from rlstab.losses._ratio import Ratio, TokenRatio, unscored
+from rlstab.losses._ratio import Ratio, TokenRatio, missing
 from rlstab.losses._sampler_weight import SamplerCorrection
 from rlstab.losses._term import Loss, Term
-from rlstab.losses._weight import Weight
+from rlstab.losses._weight import Weight, weights_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Surrogate(Term):
     """A policy-gradient loss, multiplied by its weights. An objective holds one per row source. Abstract.
 
+    A token to which a policy gives probability 0, where `scored_by` names that policy, is left out of a loss per token,
+    and counted.
+
     Args:
-        weights: detached factors, multiplied in their order.
+        weights: detached factors, multiplied in their order; a single one will do.
+
+    Metrics: `impossible`, the number of tokens left out because of a log-prob of -inf; `unscored`, the number left out
+    because the sampler has none (NaN or -inf), where `scored_by` names it.
 
     Raises:
+        ConfigError: if a weight is none.
         CompositionError: if two of the weights correct for the sampler.
     """
 
     weights: Sequence[Weight] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "weights", tuple(self.weights))
+        super().__post_init__()
+        object.__setattr__(self, "weights", weights_of(f"{type(self).__name__}.weights", self.weights))
         if len(self._corrections()) > 1:
             raise CompositionError(
                 f"{type(self).__name__}: {' and '.join(self._corrections())} would multiply the same mismatch ratio "
@@ -46,15 +55,33 @@ class Surrogate(Term):
         """Advantages, the policy, and what the parts inside read."""
         return super().requires | {Column("advantages"), LogProbs("policy")}
 
+    @property
+    def scored_by(self) -> tuple[str, ...]:
+        """Sources without whose log-prob a token is left out: the policy, unless a subclass says otherwise."""
+        return ("policy",)
+
     def loss(self, batch: TokenBatch) -> Loss:
-        """The surrogate times its weights."""
+        """The surrogate times its weights, without tokens that have no log-prob."""
         values, metrics = self.surrogate(batch)
         metrics = dict(metrics)
         for weight in self.weights:
             factor, more = weight.factor(batch)
             values = values * factor
             metrics |= more
+        for name, tokens in self._left_out(batch).items():
+            if values.shape == tokens.shape:
+                values = torch.where(tokens, 0.0, values)
+            metrics[name] = Total(tokens.sum())
         return Loss(values, metrics)
+
+    def _left_out(self, batch: TokenBatch) -> dict[str, Bool[Tensor, "B T"]]:
+        """The tokens without a log-prob, by the name of their metric."""
+        found: dict[str, Bool[Tensor, "B T"]] = {}
+        for source in self.scored_by:
+            name = "unscored" if source == "sampler" else "impossible"
+            tokens = missing(batch, source)
+            found[name] = found[name] | tokens if name in found else tokens
+        return found
 
     @abstractmethod
     def surrogate(self, batch: TokenBatch) -> tuple[Float[Tensor, "B #T"], dict[str, Metric]]:
@@ -65,16 +92,17 @@ class Surrogate(Term):
 class RatioSurrogate(Surrogate):
     """A surrogate of the importance ratio between the policy and an earlier one. Abstract.
 
-    With a ratio against the sampler, tokens that it could not score (NaN) are left out of a loss per token, and are no
-    evidence about the ratio of their sequence.
+    Tokens that have no ratio (see `Ratio`) are left out of a loss per token, and are no evidence about the ratio of
+    their sequence.
 
     Args:
         ratio: the importance ratio.
-        weights: detached factors, multiplied in their order.
+        weights: detached factors, multiplied in their order; a single one will do.
 
-    Metrics: `unscored`, the number of such tokens.
+    Metrics: `unscored` for a ratio to the sampler, else `impossible`: the number of such tokens.
 
     Raises:
+        ConfigError: if the ratio is none.
         CompositionError: if the ratio is against the sampler and a weight corrects for the sampler once more.
     """
 
@@ -82,6 +110,7 @@ class RatioSurrogate(Surrogate):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_part(f"{type(self).__name__}.ratio", self.ratio, Ratio, "TokenRatio()")
         if self._corrections() and self.ratio.against == "sampler":
             raise CompositionError(
                 f"{type(self).__name__}: the ratio is taken against the sampler, so {self._corrections()[0]} would "
@@ -95,15 +124,10 @@ class RatioSurrogate(Surrogate):
                 f"{type(self.ratio).__name__}: use TokenRatio"
             )
 
-    def loss(self, batch: TokenBatch) -> Loss:
-        """The surrogate times its weights, without tokens that have no ratio."""
-        values, metrics = super().loss(batch)
-        if self.ratio.against != "sampler":
-            return Loss(values, metrics)
-        missing = unscored(batch)
-        if values.shape == missing.shape:
-            values = torch.where(missing, 0.0, values)
-        return Loss(values, {**metrics, "unscored": Total(missing.sum())})
+    @property
+    def scored_by(self) -> tuple[str, ...]:
+        """The denominator of the ratio; where the policy gives probability 0, the ratio is 0."""
+        return (self.ratio.against,)
 
     @property
     def inert_at_ratio_one(self) -> tuple[str, ...]:

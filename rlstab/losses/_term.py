@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 from torch import Tensor
 
 from rlstab.batch import TokenBatch
-from rlstab.errors import CompositionError, ConfigError
+from rlstab.errors import ConfigError
+from rlstab.losses._checks import check_number
 from rlstab.losses._controllers import Controller
 from rlstab.losses._mean import Mean, MeanField
 from rlstab.losses._metrics import Metric
@@ -39,6 +40,10 @@ class Term(Part):
     mean: Mean = MeanField()  # type: ignore[assignment]  # a descriptor: reads as a Mean, called it gives a copy
     rows: str = "rollout"
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.coef, Controller):
+            check_number(f"{type(self).__name__}.coef", self.coef)
+
     @abstractmethod
     def loss(self, batch: TokenBatch) -> Loss:
         """The unreduced loss and its metrics."""
@@ -49,27 +54,39 @@ class Term(Part):
         return self.coef.value if isinstance(self.coef, Controller) else self.coef
 
     def __mul__(self, factor: float) -> Self:
+        name = type(self).__name__
+        check_number(f"a factor of {name}", factor)
         if isinstance(self.coef, Controller):
             raise ConfigError(
-                f"{type(self).__name__}.coef is a controller and has no fixed value to multiply by {factor}: "
+                f"{name}.coef is a controller and has no fixed value to multiply by {factor}: "
                 "scale the controller's own numbers instead"
             )
         return self.replace(coef=self.coef * factor)
 
     __rmul__ = __mul__
 
+    def __truediv__(self, divisor: float) -> Self:
+        check_number(f"a divisor of {type(self).__name__}", divisor)
+        return self * (1 / divisor)
+
+    def __neg__(self) -> Self:
+        return self * -1
+
     def __add__(self, other: "Term | Objective") -> "Objective":
+        return self._alone + other
+
+    def __sub__(self, other: "Term | Objective") -> "Objective":
+        return self._alone - other
+
+    def __radd__(self, zero: int) -> "Objective":
+        """`0 + term`, with which `sum` begins."""
+        return zero + self._alone
+
+    @property
+    def _alone(self) -> "Objective":
         from rlstab.losses._objective import Objective
 
-        mine = Objective({term_name(self): self})
-        if isinstance(other, Term):
-            if term_name(other) == term_name(self):
-                raise CompositionError(
-                    f"two terms of class {type(self).__name__} have no names of their own: "
-                    "use Objective(first=..., second=...)"
-                )
-            other = Objective({term_name(other): other})
-        return mine + other
+        return Objective({term_name(self): self})
 
 
 def term_name(term: Term) -> str:

@@ -1,7 +1,7 @@
 """Detached factors of a surrogate: masks here, corrections for the sampler in `_sampler_weight`."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rlstab.batch import Column, LogProbs, Requirement, TokenBatch, VocabStat
-from rlstab.losses._checks import check_choice, check_range
+from rlstab.losses._checks import check_choice, check_part, check_range
 from rlstab.losses._metrics import Metric, Sum, token_mean
 from rlstab.losses._parts import Part, StepStatistic
 from rlstab.losses._ratio import masked_row_mean
@@ -30,6 +30,21 @@ class Weight(Part):
     @abstractmethod
     def factor(self, batch: TokenBatch) -> Factor:
         """The factor and its metrics."""
+
+
+def weights_of(key: str, weights: Sequence[Weight]) -> tuple[Weight, ...]:
+    """The weights of a part as a tuple; a single one will do.
+
+    Raises:
+        ConfigError: for anything that is no weight.
+
+    >>> weights_of("ClippedSurrogate.weights", TruncatedCompletions())
+    (TruncatedCompletions(),)
+    """
+    found = tuple(weights) if isinstance(weights, list | tuple) else (weights,)
+    for weight in found:
+        check_part(key, weight, Weight, "TruncatedIS(max=2.0)")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,9 +19,8 @@ from rlstab.losses import (
     PreClippedRatio,
     SequenceRatio,
     Surrogate,
-    clipped_surrogate,
-    sapo_surrogate,
 )
+from rlstab.losses._clipped import clipped_surrogate, sapo_surrogate
 
 
 def value(metrics: dict[str, Metric], name: str) -> float:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from rlstab.batch import Column, LogProbs, TokenBatch
 from rlstab.errors import ConfigError
-from rlstab.losses import KLCov, Needs, Objective, TopCovariance, covariance, run_parts
+from rlstab.losses import KLCov, Needs, Objective, TopCovariance, run_parts
+from rlstab.losses._covariance import covariance
 
 
 def from_vector() -> tuple[TokenBatch, Tensor, dict[str, Any]]:

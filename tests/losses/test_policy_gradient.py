@@ -20,8 +20,8 @@ from rlstab.losses import (
     TruncatedIS,
     Veto,
     optimal_value,
-    vespo_weight,
 )
+from rlstab.losses._policy_gradient import vespo_weight
 
 MASK = torch.tensor([[True, True, True], [True, True, False]])
 
