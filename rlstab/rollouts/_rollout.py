@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Integer, Shaped
 from torch import Tensor
 
 from rlstab.errors import ConfigError, ShapeError
@@ -107,7 +107,7 @@ class Rollout:
     engine: str
     timing: Timing
     kept: KeptSets | None = None
-    routed_experts: Int[Tensor, "S L K"] | None = None
+    routed_experts: Integer[Tensor, "S L K"] | None = None
     images: tuple[Shaped[Tensor, "H W C"], ...] = ()
     features: Mapping[str, Tensor] = field(default_factory=dict)
 
