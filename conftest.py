@@ -4,8 +4,12 @@ import os
 
 os.environ.update(HF_HUB_OFFLINE="1", MPLBACKEND="Agg", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 
+from importlib.util import find_spec
+
 import pytest
 import torch
+
+collect_ignore = [] if find_spec("triton") else ["rlstab/losses/_streamed_triton.py"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -59,6 +59,18 @@ class Head:
             )
 
 
+class Limits(NamedTuple):
+    """How large to work: most tokens of a tile, elements of a tile, and elements of a stripe of whole rows."""
+
+    rows: int
+    tile: int
+    stripe: int
+
+
+CPU = Limits(256, 2**17, 2**24)  # a tile fits the caches of one thread
+OTHER = Limits(4096, 2**23, 2**26)  # keeps a GPU busy
+
+
 class Tiling(NamedTuple):
     """How many tokens are worked on at a time, and how many entries of the vocabulary."""
 
@@ -67,18 +79,14 @@ class Tiling(NamedTuple):
 
 
 def tiling(tokens: int, vocabulary: int, device: torch.device, *, whole_rows: bool) -> Tiling:
-    """Tiles that fit the caches of a CPU or keep a GPU busy; with `whole_rows`, of stripes that are kept meanwhile.
+    """The tiles of a pass; with `whole_rows`, those of stripes that are kept meanwhile.
 
     Neither tiles nor stripes grow with the number of tokens, or hold more than half of the logits.
     """
-    if device.type == "cpu":
-        most, tile, stripe = 256, 2**17 * torch.get_num_threads(), 2**24
-    else:
-        most, tile, stripe = 4096, 2**23, 2**26
-    if whole_rows:
-        most = max(1, stripe // vocabulary)
+    limits, threads = (CPU, torch.get_num_threads()) if device.type == "cpu" else (OTHER, 1)
+    most = max(1, limits.stripe // vocabulary) if whole_rows else limits.rows
     rows = min(most, max(1, (tokens + 1) // 2))
-    return Tiling(rows, min(vocabulary, max(1, tile // rows)))
+    return Tiling(rows, min(vocabulary, max(1, limits.tile * threads // rows)))
 
 
 def slices(size: int, step: int) -> Iterator[slice]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -69,6 +71,16 @@ class Tiles(Protocol):
         """See `_streamed_torch.gradient`."""
 
 
+def _tiles(device: torch.device, dtypes: Dtypes) -> Tiles:
+    """Kernels on CUDA, and wherever Triton's interpreter is on; for float32 only, and where there is Triton."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if (device.type != "cuda" and not interpreted) or dtypes.sums != torch.float32 or find_spec("triton") is None:
+        return _streamed_torch
+    from rlstab.losses import _streamed_triton
+
+    return _streamed_triton
+
+
 class Models:
     """The policy and the references at work.
 
@@ -88,7 +100,7 @@ class Models:
             for (name, head), (weight, bias, hidden) in zip(heads.items(), threes, strict=True)
         }
         self.policy = self.all[POLICY]
-        self.tiles: Tiles = _streamed_torch
+        self.tiles = _tiles(ids.device, plan.dtypes)
         self.vocabulary = self.policy.vocabulary
 
     def tiling(self, *, whole_rows: bool) -> Tiling:

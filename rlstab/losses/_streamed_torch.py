@@ -60,9 +60,7 @@ def add(normal: Normalizer, logits: Float[Tensor, "R C"], start: int) -> None:
     if normal.best is not None:
         value, place = logits.max(-1)
         normal.best = torch.where(value > normal.high, place + start, normal.best)
-    if normal.chosen is not None:
-        place, inside = place_of(normal.ids, start, logits.shape[-1])
-        normal.chosen = torch.where(inside, logits.gather(-1, place), normal.chosen)
+    add_chosen(normal, logits, start)
     high = torch.maximum(normal.high, logits.amax(-1))
     shift = normal.high - high
     decay = shift.exp()
@@ -74,6 +72,13 @@ def add(normal: Normalizer, logits: Float[Tensor, "R C"], start: int) -> None:
         normal.squares = normal.squares * decay**2 + torch.linalg.vecdot(weight, weight)
     normal.sum = normal.sum * decay + weight.sum(-1)
     normal.high = high
+
+
+def add_chosen(normal: Normalizer, logits: Float[Tensor, "R C"], start: int) -> None:
+    """Keep the logits of the ids."""
+    if normal.chosen is not None:
+        place, inside = place_of(normal.ids, start, logits.shape[-1])
+        normal.chosen = torch.where(inside, logits.gather(-1, place), normal.chosen)
 
 
 class Normal(NamedTuple):

@@ -1,6 +1,10 @@
-"""Streamed statistics against the logits of all tokens in float64: values, gradients, what they cost and hold."""
+"""Streamed statistics against the logits of all tokens in float64: values, gradients, what they cost and hold.
+
+Under Triton's interpreter all that is float32 goes through the kernels; sizes are smaller then.
+"""
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,11 +29,23 @@ from rlstab.losses import (
     exact_divergence,
     streamed_statistics,
 )
+from rlstab.losses._streamed_head import Limits
 
 ALL: tuple[Statistic, ...] = ("logp", "entropy", "log_z", "sum_squares", "top1")
 GENERATORS: list[Generator] = [*(term for term, _ in FAMILY), CauchySchwarz()]
 EVERY = [ExactDivergence(generator, "initial") for generator in GENERATORS]
 INF = math.inf
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TOKENS, VOCABULARY = (6, 90) if INTERPRETED else (40, 7000)  # more than one tile in both directions
+
+both_dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles_for_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    if INTERPRETED:
+        monkeypatch.setattr("rlstab.losses._streamed_head.CPU", Limits(2, 64, 180))
+        monkeypatch.setattr("rlstab.losses._streamed_triton.BLOCK", 16)
 
 
 @dataclass
@@ -110,8 +126,8 @@ def dense_logits(hidden: Tensor, head: Head) -> Tensor:
 
 
 def world(
-    tokens: int = 40,
-    vocabulary: int = 7_000,
+    tokens: int = TOKENS,
+    vocabulary: int = VOCABULARY,
     width: int = 6,
     *,
     bias: bool = False,
@@ -120,7 +136,7 @@ def world(
     dtype: torch.dtype = torch.float64,
     **options: Any,
 ) -> World:
-    """Several tiles in both directions, at the default size."""
+    """Made in float64, so that it is the same in every dtype."""
     random = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -141,16 +157,21 @@ def gradients(found: dict[str, Tensor], leaves: list[Tensor], name: str) -> list
     return list(torch.autograd.grad((weights * value).sum(), leaves, retain_graph=True))
 
 
+def total_of(found: dict[str, Tensor]) -> Tensor:
+    return torch.stack([value.sum() for value in found.values() if value.is_floating_point()]).sum()
+
+
 def relative(value: Tensor, truth: Tensor) -> float:
     """Distance over the norm of the truth."""
     return float((value.double() - truth.double()).norm() / truth.double().norm().clamp(min=1e-300))
 
 
 def assert_digits(value: Tensor, truth: Tensor) -> None:
-    """What is promised in float32."""
+    """What is promised in float32; beyond 1e6 the exponent itself is rounded."""
     finite = truth.abs() < torch.finfo(torch.float32).max
     assert (value[~finite] == INF).all()
-    assert ((value.double() - truth).abs() <= 1e-5 * truth.abs() + 1e-7)[finite].all()
+    allowed = torch.where(truth < 1e6, 1e-5, 3e-5) * truth.abs() + 1e-7
+    assert ((value.double() - truth).abs() <= allowed)[finite].all()
 
 
 WORLDS: dict[str, dict[str, Any]] = {
@@ -164,27 +185,29 @@ WORLDS: dict[str, dict[str, Any]] = {
 }
 
 
+@both_dtypes
 @pytest.mark.parametrize("options", WORLDS.values(), ids=WORLDS.keys())
-def test_values_and_gradients_are_those_of_the_logits(options: dict[str, Any]) -> None:
-    here = world(**options)
-    found, truth = here.streamed(), here.dense()
+def test_values_and_gradients_are_those_of_the_logits(options: dict[str, Any], dtype: torch.dtype) -> None:
+    here = world(dtype=dtype, **options)
+    double = here.to(torch.float64)
+    found, truth = here.streamed(), double.dense()
     assert found.keys() == truth.keys()
     assert torch.equal(found.pop("top1"), truth["top1"])
+    exact = dtype == torch.float64
     for name, value in found.items():
-        torch.testing.assert_close(value, truth[name], rtol=1e-11, atol=1e-13, msg=name)
-        pairs = zip(gradients(found, here.leaves, name), gradients(truth, here.leaves, name), strict=True)
-        assert [relative(*pair) < 1e-11 for pair in pairs] == [True] * len(here.leaves), name
+        rtol, atol = (1e-11, 1e-13) if exact else (1e-5, 1e-6)
+        torch.testing.assert_close(value.double(), truth[name], rtol=rtol, atol=atol, msg=name)
+        pairs = zip(gradients(found, here.leaves, name), gradients(truth, double.leaves, name), strict=True)
+        assert max(relative(*pair) for pair in pairs) < (1e-11 if exact else 1e-4), name
 
 
-def test_gradients_of_several_statistics_add() -> None:
-    here = world(bias=True)
-    total, truth = (sum(v.sum() for k, v in found.items() if k != "top1") for found in (here.streamed(), here.dense()))
-    assert isinstance(total, Tensor)
-    assert isinstance(truth, Tensor)
-    for ours, theirs in zip(
-        torch.autograd.grad(total, here.leaves), torch.autograd.grad(truth, here.leaves), strict=True
-    ):
-        assert relative(ours, theirs) < 1e-11
+@both_dtypes
+def test_gradients_of_several_statistics_add(dtype: torch.dtype) -> None:
+    here = world(bias=True, dtype=dtype)
+    double = here.to(torch.float64)
+    ours = torch.autograd.grad(total_of(here.streamed()), here.leaves)
+    theirs = torch.autograd.grad(total_of(double.dense()), double.leaves)
+    assert max(map(relative, ours, theirs)) < (1e-11 if dtype == torch.float64 else 1e-5)
 
 
 def test_finite_differences() -> None:
@@ -201,7 +224,9 @@ def test_finite_differences() -> None:
 def test_candidates() -> None:
     """Log-probs of more tokens than the label, among them the label."""
     here = world(bias=True, soft_cap=4.0)
-    candidates = torch.stack([here.labels, (here.labels + 1) % 7000, torch.full_like(here.labels, 6999)], -1)
+    candidates = torch.stack(
+        [here.labels, (here.labels + 1) % VOCABULARY, torch.full_like(here.labels, VOCABULARY - 1)], -1
+    )
     found = here.streamed(("logp",), [], candidates=candidates)
     truth = dense_logits(here.hidden, here.head).log_softmax(-1).gather(-1, candidates)
     torch.testing.assert_close(found["candidates"], truth)
@@ -230,10 +255,11 @@ def test_candidates_of_skipped_tokens() -> None:
 def test_digits_of_float32(highest: float, distance: float) -> None:
     """The head is the identity, so that both dtypes have the same logits."""
     random = torch.Generator().manual_seed(1)
-    hidden = highest * (2 * torch.rand(16, 500, generator=random) - 1)
-    noise = distance * torch.randn(16, 500, generator=random)
-    head = Head(weight=torch.eye(500))
-    labels = torch.arange(16)
+    tokens, vocabulary = (4, 60) if INTERPRETED else (16, 500)
+    hidden = highest * (2 * torch.rand(tokens, vocabulary, generator=random) - 1)
+    noise = distance * torch.randn(tokens, vocabulary, generator=random)
+    head = Head(weight=torch.eye(vocabulary))
+    labels = torch.arange(tokens)
     single = World(hidden.requires_grad_(), head, labels, ((hidden + noise).clamp(-80, 80).detach(), head))
     double = single.to(torch.float64)
     found, truth = single.streamed(), double.dense()
@@ -243,7 +269,7 @@ def test_digits_of_float32(highest: float, distance: float) -> None:
         assert_digits(value, truth[name])
         if value.max() < 1e6:
             (ours,), (theirs,) = gradients(found, [single.hidden], name), gradients(truth, [double.hidden], name)
-            assert relative(ours, theirs) < 1e-5 + 1e-6 / distance, name
+            assert relative(ours, theirs) < 1e-5 + 2e-6 / distance, name
 
 
 def test_digits_of_bfloat16() -> None:
@@ -266,7 +292,7 @@ def test_autocast_does_not_round_the_sums() -> None:
     truth = here.streamed()
     with torch.autocast("cpu", torch.bfloat16):
         found = here.streamed()
-        total = torch.stack([value.sum() for name, value in found.items() if name != "top1"]).sum()
+        total = total_of(found)
     for name, value in found.items():
         assert torch.equal(value, truth[name])
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(total, here.leaves))
@@ -341,7 +367,7 @@ def test_the_first_of_equal_logits_is_top() -> None:
 
 def test_skipped_tokens_are_zero_and_not_looked_at() -> None:
     here = world(dtype=torch.float32)
-    skip = torch.arange(40) % 3 == 0
+    skip = torch.arange(TOKENS) % 3 == 0
     reference, ref_head = here.reference
     poisoned = World(
         torch.where(skip.unsqueeze(-1), torch.nan, here.hidden.detach()).requires_grad_(),
@@ -353,7 +379,7 @@ def test_skipped_tokens_are_zero_and_not_looked_at() -> None:
     for name, value in found.items():
         assert not value[skip].any()
         torch.testing.assert_close(value[~skip], whole[name][~skip], msg=name)
-    total = torch.stack([value.sum() for name, value in found.items() if name != "top1"]).sum()
+    total = total_of(found)
     of_hidden, of_weight = torch.autograd.grad(total, poisoned.leaves)
     assert not of_hidden[skip].any()
     assert of_hidden.isfinite().all()
@@ -362,8 +388,8 @@ def test_skipped_tokens_are_zero_and_not_looked_at() -> None:
 
 def test_another_ignored_label() -> None:
     here = world()
-    here.labels[:20] = 0
-    assert not here.streamed(ignore_index=0)["logp"][:20].any()
+    here.labels[: TOKENS // 2] = 0
+    assert not here.streamed(ignore_index=0)["logp"][: TOKENS // 2].any()
 
 
 @pytest.mark.parametrize("skipped", [0, 4])
@@ -378,7 +404,7 @@ def test_no_tokens(skipped: int) -> None:
     )
     found = none.streamed()
     assert {value.shape for value in found.values()} == {(skipped,)}
-    total = torch.stack([value.sum() for name, value in found.items() if name != "top1"]).sum()
+    total = total_of(found)
     assert [bool(gradient.any()) for gradient in torch.autograd.grad(total, none.leaves)] == [False, False]
 
 
@@ -403,10 +429,7 @@ class Watch(TorchDispatchMode):
         return result
 
 
-def total_of(found: dict[str, Tensor]) -> Tensor:
-    return torch.stack([value.sum() for value in found.values() if value.is_floating_point()]).sum()
-
-
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter copies what kernels read")
 @pytest.mark.parametrize("needs", [EVERY, []], ids=["divergences", "none"])
 def test_no_tensor_has_the_size_of_all_logits(needs: Any) -> None:
     here = world(600, 2000, 4, dtype=torch.float32)
@@ -454,8 +477,8 @@ def test_a_shared_head_is_read_once() -> None:
         with Watch() as watch:
             here.streamed(("logp",), EVERY[:1])
         counts.append(watch.conversions)
-    tiles = 2  # of the vocabulary, for each of two stripes
-    assert counts[1] - counts[0] == 2 * tiles
+    tiles = 3 * 3 if INTERPRETED else 2 * 2  # stripes of tokens, by tiles of the vocabulary
+    assert counts[1] - counts[0] == tiles
 
 
 def test_a_shared_head_has_the_gradient_of_the_policy_only() -> None:
