@@ -27,10 +27,10 @@ def check_part(key: str, value: object, kind: type[Part], example: str) -> None:
     >>> check_part("KL.ratio", TokenRatio, Ratio, "TokenRatio()")
     Traceback (most recent call last):
     ...
-    rlstab.errors.ConfigError: KL.ratio: expected a Ratio such as TokenRatio(), got the class TokenRatio: call it
+    rlstab.errors.ConfigError: KL.ratio: expected TokenRatio() or another Ratio, got the class TokenRatio: call it
     """
     if not isinstance(value, kind):
-        raise ConfigError(f"{key}: expected a {kind.__name__} such as {example}, got {described(value)}")
+        raise ConfigError(f"{key}: expected {example} or another {kind.__name__}, got {described(value)}")
 
 
 def described(value: object) -> str:

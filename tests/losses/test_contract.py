@@ -16,7 +16,9 @@ import rlstab.losses
 from rlstab.batch import Column, ExactDivergence, LogProbs, Requirement, TokenBatch, VocabStat
 from rlstab.losses import (
     Advantage,
+    GeometricRatio,
     GroupNorm,
+    GSPOTokenRatio,
     Hist,
     MaskedIS,
     Max,
@@ -57,6 +59,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"dual": 3.0, "high": 0.28},
         {"ratio": SequenceRatio()},
         {"ratio": TokenRatio(against="sampler")},
+        {"ratio": GeometricRatio()},
+        {"ratio": GSPOTokenRatio()},
         {"weights": (TruncatedIS(max=2.0), Veto())},
         {"weights": (MaskedIS(max=2.0, level="sequence"),)},
     ],
@@ -66,6 +70,16 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "GPGAdvantage": [{}, {"norm": "std"}],
     "GeometricRejection": [{"low": 0.9, "high": 1.1}],
     "KeptShare": [{"weights": (TopEntropy(fraction=0.5),)}],
+    "KL": [
+        {"estimator": "k1", "weight": "differentiable"},
+        {"estimator": "k2"},
+        {"estimator": "k2", "weight": "differentiable"},
+        {},
+        {"weight": "detached"},
+        {"weight": "differentiable"},
+        {"weight": "differentiable", "ratio": GeometricRatio()},
+        {"weight": "differentiable", "ratio": TokenRatio(against="sampler")},
+    ],
     "KLCov": [{"fraction": 0.2}, {"fraction": 0.2, "over": "micro_batch"}],
     "MaskedIS": [{"max": 2.0}, {"min": 0.5, "max": 5.0}],
     "OffPolicySequenceMask": [{"delta": 0.1}],
@@ -374,7 +388,18 @@ def test_a_token_that_the_sampler_could_not_score_spoils_nothing(part: Term) -> 
 
 @pytest.mark.parametrize("part", parts(Term))
 @pytest.mark.parametrize(
-    "sources", [["policy"], ["old"], ["sampler"], ["initial"], ["policy", "initial"]], ids="-".join
+    "sources",
+    [
+        ["policy"],
+        ["old"],
+        ["sampler"],
+        ["initial"],
+        ["policy", "initial"],
+        ["policy", "old"],
+        ["old", "sampler"],
+        ["policy", "old", "sampler", "initial"],
+    ],
+    ids="-".join,
 )
 def test_an_impossible_token_makes_no_nan(part: Term, sources: list[str]) -> None:
     """A log-prob of -inf may make a loss infinite but not NaN, and other rows keep their gradient."""
@@ -387,6 +412,8 @@ def test_an_impossible_token_makes_no_nan(part: Term, sources: list[str]) -> Non
     for gradient in gradients.values():
         assert not gradient.isnan().any()
         assert gradient[1:].isfinite().all()
+    for name, metric in metrics_of(part, batch_for(part, replace(data, logps=logps))).items():
+        assert not metric.value().isnan(), name
 
 
 @pytest.mark.parametrize("part", parts(Term))
@@ -443,16 +470,17 @@ def test_rows_may_come_in_any_order(part: RolloutPart) -> None:
 
 
 @pytest.mark.parametrize("part", parts(RolloutPart))
-def test_a_row_without_reward_changes_nothing_for_others(part: RolloutPart) -> None:
+@pytest.mark.parametrize("reward", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_without_reward_changes_nothing_for_others(part: RolloutPart, reward: float) -> None:
     if Column("rewards") not in part.requires:
         pytest.skip("reads no rewards")
     data = data_of(dtype=torch.float64)
     rewards = data.columns["rewards"].clone()
-    rewards[[2, 5]] = torch.nan
+    rewards[[2, 5]] = reward
     batch = batch_for(part, replace(data, columns={**data.columns, "rewards": rewards}))
     values = part.compute(batch)
     assert values.isfinite().all()
-    scored = ~rewards.isnan()
+    scored = rewards.isfinite()
     torch.testing.assert_close(values[scored], part.compute(batch.select(scored)))
     if isinstance(part, Advantage):
         assert not values[~scored].any()

@@ -11,14 +11,22 @@ from rlstab.batch import Column, LogProbs, Requirement, TokenBatch
 from rlstab.errors import CompositionError, ConfigError
 from rlstab.losses import (
     CISPO,
+    KL,
+    VESPO,
     EntropyBonus,
     EntropyTarget,
+    GroupCenter,
     KLCov,
     Linear,
     Loss,
     Objective,
+    PreClippedRatio,
+    SigmaFilter,
     Surrogate,
     Term,
+    TokenRatio,
+    TopEntropy,
+    TruncatedIS,
     term_name,
 )
 from rlstab.losses import Sum as MetricSum
@@ -149,6 +157,123 @@ def test_a_term_without_its_rows_is_an_error() -> None:
 def test_refusals(build: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         build()
+
+
+def untyped(value: Any) -> Any:
+    """Hides a mistake from the type checker."""
+    return value
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Objective(policy=untyped(CISPO)), r"objective\.terms\.policy: .*got the class CISPO: call it"),
+        (lambda: Objective(untyped([CISPO()])), r"objective\.terms: expected terms by name, as in .*got a list"),
+        (
+            lambda: Objective(Pull(), advantage=untyped(GroupCenter)),
+            r"objective\.advantage: .*class GroupCenter: call it",
+        ),
+        (lambda: Objective(Pull()).with_advantage(untyped("GroupCenter")), r"objective\.advantage: .*'GroupCenter'"),
+        (lambda: Objective(Pull(), advantage=untyped(CISPO())), r"expected GroupNorm\(\) or another RolloutPart, got"),
+        (lambda: Pull(coef=torch.nan), r"Pull\.coef: expected a finite number, got nan"),
+        (lambda: Pull(coef=untyped(None)), r"Pull\.coef: .*got None"),
+        (lambda: Pull(coef=untyped("0.1")), r"Pull\.coef: .*got '0\.1'"),
+        (lambda: Pull(coef=True), r"Pull\.coef: .*got True"),
+        (lambda: Pull() * untyped(torch.tensor(2.0)), r"a factor of Pull: expected a finite number, got tensor\(2\.\)"),
+        (lambda: torch.tensor(2.0) * untyped(Pull()), r"a factor of Pull: .*got tensor\(2\.\)"),
+        (lambda: Pull() * untyped(Pull()), r"a factor of Pull: .*got a Pull"),
+        (lambda: untyped("2") * Pull(), r"a factor of Pull: .*got '2'"),
+        (lambda: Objective(a=Pull()) * untyped(None), r"a factor of Pull: .*got None"),
+        (lambda: Pull() / untyped("2"), r"a divisor of Pull: .*got '2'"),
+        (
+            lambda: Pull(mean=untyped("token")),
+            r"Pull\.mean: expected a Mean such as .*'token': or call \.mean\('token'\)",
+        ),
+        (lambda: Pull() - Pull(coef=Linear(start=1.0, end=0.0, steps=4)), r"Pull\.coef is a controller"),
+        (lambda: Linear(start=1.0, end=torch.inf, steps=4), r"Linear\.end: expected a finite number, got inf"),
+        (
+            lambda: CISPO(ratio=untyped(TokenRatio)),
+            r"CISPO\.ratio: expected TokenRatio\(\) or another Ratio, got the class",
+        ),
+        (lambda: KL(ratio=untyped("token")), r"KL\.ratio: .* or another Ratio, got 'token'"),
+        (lambda: PreClippedRatio(ratio=untyped(None)), r"PreClippedRatio\.ratio: .*got None"),
+        (
+            lambda: CISPO(weights=[untyped(TruncatedIS)]),
+            r"CISPO\.weights: .* another Weight, got the class TruncatedIS",
+        ),
+        (lambda: CISPO(weights=untyped(TokenRatio())), r"CISPO\.weights: .*got TokenRatio\("),
+        (lambda: EntropyBonus(weights=untyped("TopEntropy")), r"EntropyBonus\.weights: .*got 'TopEntropy'"),
+        (lambda: VESPO(correction=untyped(TokenRatio())), r"VESPO\.correction: .* another SamplerCorrection, got"),
+        (lambda: SigmaFilter(advantage=untyped(GroupCenter)), r"SigmaFilter\.advantage: .* another Advantage, got the"),
+    ],
+)
+def test_fields_are_checked(build: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: Pull() + untyped(1), lambda: 1 + Pull(), lambda: Objective(a=Pull()) - untyped(1)]
+)
+def test_numbers_cannot_be_added(build: Any) -> None:
+    with pytest.raises(TypeError, match="unsupported operand"):
+        build()
+
+
+def test_a_single_weight_will_do() -> None:
+    weight = TruncatedIS(max=2.0)
+    assert CISPO(weights=untyped(weight)) == CISPO(weights=[weight]) == CISPO(weights=(weight,))
+    top = TopEntropy(fraction=0.5)
+    assert EntropyBonus(weights=untyped(top)) == EntropyBonus(weights=(top,))
+
+
+def test_a_single_term_takes_its_name_from_its_class() -> None:
+    assert Objective(Reward()) == Objective(reward=Reward())
+    assert Objective(Reward(), drift=Pull()) == Objective(reward=Reward(), drift=Pull())
+
+
+def test_terms_add_up_subtract_and_divide() -> None:
+    both: list[Term] = [Reward(), 0.5 * Pull()]
+    assert untyped(sum(both)) == Objective(reward=Reward(), pull=0.5 * Pull())
+    assert untyped(sum([Reward()])) == untyped(sum([Objective(Reward())])) == Objective(reward=Reward())
+    assert (Pull() / 4).coef == 0.25
+    assert (-Pull(coef=0.5)).coef == -0.5
+    assert Reward() - Pull() == Objective(reward=Reward(), pull=-1.0 * Pull())
+    assert Objective(Reward()) - Objective(drift=Pull()) == Objective(reward=Reward(), drift=-Pull())
+    halved = -Objective(Reward(), advantage=GroupCenter()) / 2
+    assert (halved.terms["reward"].coef, halved.advantage) == (-0.5, GroupCenter())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Infinite(Term):
+    def loss(self, batch: TokenBatch) -> Loss:
+        logp = batch.logp("policy")
+        return Loss(torch.where(batch.loss_mask, torch.inf, 0.0) + logp, {})
+
+
+@pytest.mark.parametrize("coef", [0, 0.0, Linear(start=0.0, end=0.0, steps=1)], ids=repr)
+def test_a_coefficient_of_zero_switches_an_infinite_term_off(coef: Any) -> None:
+    batch, logp = batch_of()
+    loss, terms = Objective(policy=Reward(), drift=Infinite(coef=coef))(batch)
+    alone = Objective(policy=Reward())(batch).loss
+    assert loss == alone
+    assert loss.dtype == alone.dtype
+    assert terms["drift"].loss.isinf()
+    gradients = [torch.autograd.grad(value, logp, retain_graph=True) for value in (loss, alone)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_an_objective_of_weight_zero_can_be_descended() -> None:
+    batch, logp = batch_of()
+    loss = (0 * Objective(policy=Reward(), drift=Infinite()))(batch).loss
+    assert loss == 0
+    assert not torch.autograd.grad(loss, logp)[0].any()
+
+
+@pytest.mark.parametrize("coef", [0.5, Linear(start=0.5, end=0.5, steps=1)], ids=repr)
+def test_another_coefficient_leaves_it_infinite(coef: Any) -> None:
+    batch, _ = batch_of()
+    assert Objective(drift=Infinite(coef=coef))(batch).loss == torch.inf
 
 
 def test_surrogates_on_different_rows_go_together() -> None:

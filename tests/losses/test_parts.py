@@ -107,6 +107,12 @@ def test_parts_are_values() -> None:
     assert RowLength().key != RelativeLength().key
 
 
+def test_a_class_has_no_key_and_passes_for_no_part() -> None:
+    assert not [cls for cls in (RolloutPart, RowLength, LongestRow) if "key" in vars(cls)]
+    with pytest.raises(AttributeError):
+        _ = RowLength.key
+
+
 @pytest.mark.parametrize("change", [lambda p: setattr(p, "scale", 2.0), lambda p: delattr(p, "scale")])
 def test_parts_cannot_be_changed(change: Callable[[RowLength], None]) -> None:
     with pytest.raises(FrozenInstanceError):
