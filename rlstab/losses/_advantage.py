@@ -67,6 +67,15 @@ class Advantage(RolloutPart):
 
     Rows without a finite reward (NaN: it could not be scored; infinities have no mean) enter no statistic and have
     advantage 0. Rows may come in any order, and groups may differ in size.
+
+    >>> @dataclass(frozen=True, kw_only=True)
+    ... class Above(Advantage):
+    ...     target: float = 0.5
+    ...
+    ...     def compute(self, batch: TokenBatch) -> Tensor:
+    ...         return (batch.column("rewards") - self.target).nan_to_num()
+    >>> Above().compute(TokenBatch(mask=torch.ones(2, 1), rewards=torch.tensor([1.0, torch.nan])))
+    tensor([0.5000, 0.0000])
     """
 
     @property
@@ -77,7 +86,16 @@ class Advantage(RolloutPart):
 
 @dataclass(frozen=True, kw_only=True)
 class GroupAdvantage(Advantage):
-    """An advantage against the other completions of the same prompt. Abstract: `advantages` is the formula."""
+    """An advantage against the other completions of the same prompt. Abstract: `advantages` is the formula.
+
+    >>> @dataclass(frozen=True, kw_only=True)
+    ... class Share(GroupAdvantage):
+    ...     def advantages(self, rewards: Tensor, groups: Groups, batch: TokenBatch) -> Tensor:
+    ...         return rewards / groups.total(rewards)
+    >>> batch = TokenBatch(mask=torch.ones(2, 1), rewards=torch.tensor([3.0, 1.0]), group=torch.tensor([5, 5]))
+    >>> Share().compute(batch)
+    tensor([0.7500, 0.2500])
+    """
 
     @property
     def requires(self) -> frozenset[Requirement]:

@@ -18,6 +18,17 @@ class Controller(ABC):
 
     `value` is a 0-dim tensor on the CPU, written in place: reading it never waits for a device, and a compiled
     objective is not compiled anew when it changes.
+
+    >>> @dataclass(kw_only=True, eq=False)
+    ... class Halving(Controller):
+    ...     def __post_init__(self) -> None:
+    ...         self._set(1.0)
+    ...
+    ...     def observe(self, step: int, metrics: Mapping[str, float]) -> None:
+    ...         self._set(float(self.value) / 2)
+    >>> beta = Halving()
+    >>> beta.observe(1, {}); float(beta.value)
+    0.5
     """
 
     _value: Tensor = field(init=False, repr=False, default_factory=lambda: torch.zeros((), dtype=torch.float64))

@@ -72,6 +72,16 @@ class Divergence(Term):
 
     Raises:
         ConfigError: for a value, or a combination, that has no meaning.
+
+    >>> @dataclass(frozen=True, kw_only=True)
+    ... class Quadratic(Divergence):  # f(u) = (u - 1)^2
+    ...     def df(self, a: Tensor) -> Tensor:
+    ...         return 2 * torch.expm1(a)
+    ...
+    ...     def log_scaled_f(self, a: Tensor) -> Tensor:
+    ...         return 2 * torch.expm1(a).abs().log() - a.relu()
+    >>> Quadratic().f(torch.tensor([3.0]).log())
+    tensor([4.])
     """
 
     reference: str = "initial"

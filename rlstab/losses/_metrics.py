@@ -114,7 +114,12 @@ class Min(Metric):
 
 @dataclass(frozen=True)
 class Hist(Metric):
-    """Counts between fixed edges: `len(edges) + 1` bins, the first and last of them open."""
+    """Counts between fixed edges: `len(edges) + 1` bins, the first and last of them open.
+
+    >>> import torch
+    >>> Hist(torch.tensor([1.0, 6.0, 1.0]), edges=(0.0, 1.0)).value()
+    tensor(0.2500)
+    """
 
     counts: Tensor
     edges: tuple[float, ...]

@@ -18,7 +18,13 @@ from rlstab.losses._term import Term, term_name
 
 
 class TermReport(NamedTuple):
-    """What one term contributed: its mean before the coefficient (detached), the coefficient, its metrics."""
+    """What one term contributed: its mean before the coefficient (detached), the coefficient, its metrics.
+
+    >>> from rlstab.losses import PolicyGradient
+    >>> batch = TokenBatch(mask=torch.ones(1, 1), advantages=torch.ones(1), logps={"policy": torch.tensor([[-2.0]])})
+    >>> Objective(policy=0.5 * PolicyGradient())(batch).terms["policy"][:2]
+    (tensor(2.), 0.5)
+    """
 
     loss: Tensor
     weight: float | Tensor
@@ -26,7 +32,14 @@ class TermReport(NamedTuple):
 
 
 class ObjectiveLoss(NamedTuple):
-    """The loss to differentiate, and a report by term."""
+    """The loss to differentiate, and a report by term.
+
+    >>> from rlstab.losses import PolicyGradient
+    >>> batch = TokenBatch(mask=torch.ones(1, 1), advantages=torch.ones(1), logps={"policy": torch.tensor([[-2.0]])})
+    >>> loss, terms = Objective(policy=0.5 * PolicyGradient())(batch)
+    >>> loss, list(terms)
+    (tensor(1.), ['policy'])
+    """
 
     loss: Tensor
     terms: Mapping[str, TermReport]

@@ -14,7 +14,15 @@ from rlstab.batch import Requirement, TokenBatch
 
 @dataclass(frozen=True, kw_only=True)
 class Part(ABC):
-    """A piece of an objective, immutable and told apart by its fields."""
+    """A piece of an objective, immutable and told apart by its fields. Abstract.
+
+    >>> from rlstab.losses import CISPO, TruncatedIS
+    >>> part = CISPO(weights=[TruncatedIS(max=2.0)])
+    >>> part.replace(max=4.0) == CISPO(max=4.0, weights=[TruncatedIS(max=2.0)])
+    True
+    >>> part.requires == CISPO().requires | TruncatedIS(max=2.0).requires
+    True
+    """
 
     _metric_name: ClassVar[str]
 
@@ -62,6 +70,10 @@ class Prepared(Part):
     """A part that computes a tensor before the terms run; they read it as `batch.part(key)`. Abstract.
 
     A subclass with a `__post_init__` of its own calls `super().__post_init__()`, which sets the key.
+
+    >>> from rlstab.losses import GroupNorm
+    >>> GroupNorm(eps=1e-6).key
+    'GroupNorm(eps=1e-06, ddof=1)'
     """
 
     key: str = field(init=False, repr=False, compare=False)
@@ -86,6 +98,16 @@ class RolloutPart(Prepared):
 
     Groups exist only here. What `compute` returns (`[N]` or `[N, T]`) travels with its rows. The batch holds masks,
     rewards, groups, token ids and the log-probs (`old`, `sampler`, `initial`) that `requires` names.
+
+    >>> @dataclass(frozen=True, kw_only=True)
+    ... class Length(RolloutPart):
+    ...     scale: float = 0.1
+    ...
+    ...     def compute(self, batch: TokenBatch) -> Tensor:
+    ...         return self.scale * batch.mask.sum(-1)
+    >>> import torch
+    >>> Length().compute(TokenBatch(mask=torch.tensor([[True, True], [True, False]])))
+    tensor([0.2000, 0.1000])
     """
 
 
@@ -95,12 +117,31 @@ class StepStatistic(Prepared):
 
     `compute` returns one number (0-dim) for the step, or a tensor for its rows. Requiring `LogProbs("policy")` costs
     one pass without gradient over the step, unless it is on policy.
+
+    >>> from rlstab.batch import VocabStat
+    >>> @dataclass(frozen=True, kw_only=True)
+    ... class MeanEntropy(StepStatistic):
+    ...     @property
+    ...     def requires(self) -> frozenset[Requirement]:
+    ...         return frozenset({VocabStat("entropy")})
+    ...
+    ...     def compute(self, batch: TokenBatch) -> Tensor:
+    ...         return batch.statistic("entropy").sum() / batch.tokens
+    >>> import torch
+    >>> batch = TokenBatch(mask=torch.ones(1, 2), vocab={"entropy": torch.tensor([[0.5, 1.5]])})
+    >>> MeanEntropy().compute(batch)
+    tensor(1.)
     """
 
 
 @dataclass(frozen=True)
 class Needs(Requirement):
-    """The result of a rollout part or step statistic, computed before the terms run."""
+    """The result of a rollout part or step statistic, computed before the terms run.
+
+    >>> from rlstab.losses import ConflictMask, ConflictWeight
+    >>> ConflictWeight().requires == {Needs(ConflictMask())}
+    True
+    """
 
     part: Prepared
 
@@ -109,6 +150,14 @@ def prepared_parts(requires: Iterable[Requirement], kind: type[Prepared]) -> lis
     """The parts of one phase among the requirements, each once, in a fixed order.
 
     Parts that these parts need themselves come before them.
+
+    Args:
+        requires: what an objective reads; only `Needs` count.
+        kind: `RolloutPart` or `StepStatistic`.
+
+    >>> from rlstab.losses import KLCov
+    >>> prepared_parts(KLCov().requires, StepStatistic)
+    [TopCovariance(fraction=0.002)]
     """
     found: dict[str, Prepared] = {}
 
@@ -128,6 +177,19 @@ def run_parts(requires: Iterable[Requirement], batch: TokenBatch) -> TokenBatch:
 
     For a batch that is a whole generation and a whole step at once, as in tests and in one's own training loop;
     trainers run the two phases at their own moments.
+
+    Args:
+        requires: what an objective reads; only `Needs` count.
+        batch: all rows, with what the parts read.
+
+    Returns:
+        A batch whose `parts` hold the results, detached, by the keys of their parts.
+
+    >>> import torch
+    >>> from rlstab.losses import EntropyThreshold, TopEntropy
+    >>> batch = TokenBatch(mask=torch.ones(1, 3), vocab={"entropy": torch.tensor([[0.1, 0.5, 0.9]])})
+    >>> run_parts(TopEntropy(fraction=0.5).requires, batch).part(EntropyThreshold(fraction=0.5).key)
+    tensor(0.5000)
     """
     requires = list(requires)
     for kind in (RolloutPart, StepStatistic):

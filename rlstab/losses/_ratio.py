@@ -81,6 +81,14 @@ class Ratio(Part):
     Args:
         against: source of the denominator: `old`, or `sampler` (PPO against the behaviour policy, "bypass": the
             mismatch is then inside the ratio and must not be corrected again by a weight).
+
+    >>> @dataclass(frozen=True, kw_only=True)
+    ... class Halved(Ratio):
+    ...     def log_ratio(self, batch: TokenBatch) -> Tensor:
+    ...         return self.token_log_ratio(batch) / 2
+    >>> logps = {"policy": torch.tensor([[-1.0]]), "old": torch.tensor([[-2.0]])}
+    >>> Halved().log_ratio(TokenBatch(mask=torch.ones(1, 1), logps=logps))
+    tensor([[0.5000]])
     """
 
     against: str = "old"

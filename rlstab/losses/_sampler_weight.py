@@ -30,6 +30,14 @@ class SamplerWeight(Weight):
             it is counted, and is no evidence about its sequence.
 
     Metrics: `unscored`, the number of such tokens.
+
+    >>> @dataclass(frozen=True, kw_only=True)
+    ... class Agreed(SamplerWeight):
+    ...     def weigh(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Metric]]:
+    ...         return (self.log_rho(batch).abs() < 0.1).float(), {}
+    >>> logps = {"old": torch.tensor([[-1.0, -2.0, -3.0]]), "sampler": torch.tensor([[-1.0, -1.0, torch.nan]])}
+    >>> Agreed().factor(TokenBatch(mask=torch.ones(1, 3), logps=logps)).values
+    tensor([[1., 0., 0.]])
     """
 
     unscored: Unscored = "drop"
@@ -87,6 +95,16 @@ class SamplerCorrection(SamplerWeight):
     Metrics, under the name of the class (`truncated_is/raw_mean`): `raw_mean`, `raw_min`, `raw_max` of the ratio before
     the correction, `mean`, `min`, `max` after it, and `changed`, the share that the bounds changed; all over tokens
     with a score (sequence level: rows).
+
+    >>> @dataclass(frozen=True, kw_only=True)
+    ... class Rooted(SamplerCorrection):
+    ...     max: float | None = 2.0
+    ...
+    ...     def correct(self, rho: Tensor) -> Tensor:
+    ...         return rho.sqrt().clamp(self.min, self.max)
+    >>> logps = {"old": torch.tensor([[0.9, 0.4]]).log(), "sampler": torch.tensor([[0.1, 0.4]]).log()}
+    >>> Rooted().factor(TokenBatch(mask=torch.ones(1, 2), logps=logps)).values
+    tensor([[2., 1.]])
     """
 
     min: float | None = None

@@ -34,6 +34,17 @@ class Surrogate(Term):
     Raises:
         ConfigError: if a weight is none.
         CompositionError: if two of the weights correct for the sampler.
+
+    >>> @dataclass(frozen=True, kw_only=True)
+    ... class Imitation(Surrogate):
+    ...     def surrogate(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Metric]]:
+    ...         return -batch.token_advantages().clamp(min=0) * batch.logp("policy"), {}
+    >>> batch = TokenBatch(
+    ...     mask=torch.ones(2, 1), advantages=torch.tensor([2.0, -1.0]), logps={"policy": -torch.ones(2, 1)}
+    ... )
+    >>> Imitation().loss(batch).values
+    tensor([[2.],
+            [0.]])
     """
 
     weights: Sequence[Weight] = ()
@@ -104,6 +115,14 @@ class RatioSurrogate(Surrogate):
     Raises:
         ConfigError: if the ratio is none.
         CompositionError: if the ratio is against the sampler and a weight corrects for the sampler once more.
+
+    >>> @dataclass(frozen=True, kw_only=True)
+    ... class Logarithmic(RatioSurrogate):
+    ...     def surrogate(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Metric]]:
+    ...         return -batch.token_advantages() * self.ratio.log_ratio(batch), {}
+    >>> logps = {"policy": torch.tensor([[-1.0]]), "old": torch.tensor([[-2.0]])}
+    >>> Logarithmic().loss(TokenBatch(mask=torch.ones(1, 1), advantages=torch.ones(1), logps=logps)).values
+    tensor([[-1.]])
     """
 
     ratio: Ratio = field(default_factory=TokenRatio)

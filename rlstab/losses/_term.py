@@ -20,7 +20,15 @@ if TYPE_CHECKING:
 
 
 class Loss(NamedTuple):
-    """An unreduced loss, `[B, T]` or `[B]`, and the metrics of the term that made it."""
+    """An unreduced loss, `[B, T]` or `[B]`, and the metrics of the term that made it.
+
+    >>> import torch
+    >>> from rlstab.losses import PolicyGradient
+    >>> batch = TokenBatch(mask=torch.ones(1, 1), advantages=torch.ones(1), logps={"policy": torch.tensor([[-2.0]])})
+    >>> values, metrics = PolicyGradient().loss(batch)
+    >>> values, metrics["logp"].value()
+    (tensor([[2.]]), tensor(-2.))
+    """
 
     values: Tensor
     metrics: Mapping[str, Metric]
@@ -28,12 +36,40 @@ class Loss(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Term(Part):
-    """A summand of an objective: `coef * mean(loss)` over the rows of one source.
+    """A summand of an objective: `coef * mean(loss)` over the rows of one source. Abstract.
+
+    A term of one's own says what it reads and computes an unreduced loss; positions that are not trained on are zero in
+    all that a batch gives out, and must have a finite loss. `c * term`, `term / c` and `-term` change the coefficient,
+    `a + b` and `a - b` make an `Objective`. A subclass with a `__post_init__` calls `super().__post_init__()`.
 
     Args:
         coef: coefficient, a number or a controller.
         mean: how the unreduced loss becomes a number (see `Mean`); `term.mean("sequence")` gives a copy.
         rows: which rows the term acts on (`rollout`, or another row source of the trainer).
+
+    Raises:
+        ConfigError: if the coefficient is no finite number or controller, or the mean no `Mean`.
+
+    >>> import torch
+    >>> from rlstab.batch import LogProbs, Requirement
+    >>> from rlstab.losses import token_mean
+    >>> @dataclass(frozen=True, kw_only=True)
+    ... class Pull(Term):
+    ...     reference: str = "initial"
+    ...
+    ...     @property
+    ...     def requires(self) -> frozenset[Requirement]:
+    ...         return frozenset({LogProbs("policy"), LogProbs(self.reference)})
+    ...
+    ...     def loss(self, batch: TokenBatch) -> Loss:
+    ...         distance = batch.logp("policy") - batch.logp(self.reference)
+    ...         return Loss(distance.square(), {"distance": token_mean(distance, batch.loss_mask)})
+    >>> logps = {"policy": torch.tensor([[-1.0, -2.0]]), "initial": torch.tensor([[-2.0, -4.0]])}
+    >>> batch = TokenBatch(mask=torch.ones(1, 2), logps=logps)
+    >>> from rlstab.losses import Objective
+    >>> loss, terms = Objective(pull=0.1 * Pull())(batch)
+    >>> loss, terms["pull"].metrics["distance"].value()  # 0.1 (1 + 4) / 2
+    (tensor(0.2500), tensor(1.5000))
     """
 
     coef: float | Controller = 1.0

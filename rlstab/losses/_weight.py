@@ -17,7 +17,13 @@ from rlstab.losses._ratio import masked_row_mean
 
 
 class Factor(NamedTuple):
-    """What a weight multiplies a loss with (`[B, T]` or `[B, 1]`, detached), and its metrics."""
+    """What a weight multiplies a loss with (`[B, T]` or `[B, 1]`, detached), and its metrics.
+
+    >>> batch = TokenBatch(mask=torch.ones(2, 1), truncated=torch.tensor([True, False]))
+    >>> values, metrics = TruncatedCompletions().factor(batch)
+    >>> values.flatten(), metrics["truncated_completions/kept"].value()
+    (tensor([0., 1.]), tensor(0.5000))
+    """
 
     values: Tensor
     metrics: Mapping[str, Metric]
@@ -25,7 +31,17 @@ class Factor(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Weight(Part):
-    """A factor of the surrogate that carries no gradient. The denominator of the mean stays what it was. Abstract."""
+    """A factor of the surrogate that carries no gradient. The denominator of the mean stays what it was. Abstract.
+
+    >>> @dataclass(frozen=True, kw_only=True)
+    ... class Early(Weight):
+    ...     tokens: int
+    ...
+    ...     def factor(self, batch: TokenBatch) -> Factor:
+    ...         return Factor((batch.mask.cumsum(-1) <= self.tokens).float(), {})
+    >>> Early(tokens=2).factor(TokenBatch(mask=torch.ones(1, 3))).values
+    tensor([[1., 1., 0.]])
+    """
 
     @abstractmethod
     def factor(self, batch: TokenBatch) -> Factor:
