@@ -108,7 +108,7 @@ class Rollout:
     timing: Timing
     kept: KeptSets | None = None
     routed_experts: Integer[Tensor, "S L K"] | None = None
-    images: tuple[Shaped[Tensor, "H W C"], ...] = ()
+    images: tuple[Shaped[Tensor, "_ _ _"], ...] = ()
     features: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """Runs that were stopped outside of training, or have ended, and go on."""
 
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
@@ -42,6 +43,14 @@ def interrupted_while_loading(recipe: Path) -> RunFolder:
     outcome = run_recipe(replace(read, recipe=replace(read.recipe, model=_Interrupted())), console=QUIET)
     assert outcome.interrupted
     return outcome.folder
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard() -> Iterator[None]:
+    """As in a terminal; a job started in the background may ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -71,6 +71,7 @@ def test_turns_of_different_conversations_do_not_join(prompt: list[int]) -> None
         join_turns([])
 
 
+@pytest.mark.wrong_shapes
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
