@@ -123,7 +123,7 @@ def test_what_the_wheel_declares_is_here_in_range(environment: Path) -> None:
 
 
 def test_every_module_imports_with_what_the_wheel_declares(environment: Path, tmp_path: Path) -> None:
-    """Modules that need an extra are named after it, those of Triton, which only the CUDA build of torch brings, too."""
+    """Modules that need an extra are named after it, and those of Triton, which the CUDA build of torch brings."""
     code = """
         import importlib, importlib.util, pkgutil, rlstab
         absent = () if importlib.util.find_spec("triton") else ("triton",)
