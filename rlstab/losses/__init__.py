@@ -34,7 +34,7 @@ from rlstab.losses._clipped import (
 from rlstab.losses._conflict import ConflictMask, ConflictWeight, EntropyFilter
 from rlstab.losses._controllers import Controller, EntropyTarget, Linear
 from rlstab.losses._covariance import KLCov, TopCovariance
-from rlstab.losses._divergence import Divergence, warn_overflow
+from rlstab.losses._divergence import Divergence, Estimate, warn_overflow
 from rlstab.losses._divergences import (
     AlphaDivergence,
     ChiSquared,
@@ -111,6 +111,7 @@ __all__ = [
     "EntropyFilter",
     "EntropyTarget",
     "EntropyThreshold",
+    "Estimate",
     "Factor",
     "ForwardKL",
     "GPGAdvantage",
