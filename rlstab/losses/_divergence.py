@@ -26,7 +26,14 @@ FARTHEST = 1e4  # a log-ratio this far from 0 is as good as infinite
 
 
 class Estimate(NamedTuple):
-    """An estimate of a divergence, and the coefficient of the gradient of log π; neither carries gradient."""
+    """An estimate of a divergence, and the coefficient of the gradient of log π; neither carries gradient.
+
+    >>> found = Estimate(value=torch.tensor([0.5]), slope=torch.tensor([1.0]))
+    >>> logp = torch.tensor([-1.0], requires_grad=True)
+    >>> (found.value + found.slope * (logp - logp.detach())).sum().backward()  # as a loss: this value, this gradient
+    >>> logp.grad
+    tensor([1.])
+    """
 
     value: Tensor
     slope: Tensor
