@@ -32,6 +32,7 @@ from rlstab.trainers import (
     Periodically,
     ProgressCallback,
     StableGRPOTrainer,
+    check_composition,
     latest_checkpoint,
 )
 
@@ -78,6 +79,13 @@ def run_recipe(read: ReadRecipe, *, resume: bool = False, console: Console | Non
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     args = _trainer_arguments(recipe, output)
+    check_composition(
+        recipe.objective,
+        recipe.advantage,
+        args,
+        peft=recipe.adapter is not None,
+        returns_log_probs=recipe.engine is not None or args.use_vllm,
+    )
     run = _Run(recipe, args, output, _open_folder(read, resume, console) if main else None, console)
     try:
         interrupted = run.go(resume=resume)

@@ -1,5 +1,6 @@
 """Trainers: TRL's, with a composable objective and the watcher's first signals. The only room that imports trl."""
 
+from rlstab.trainers._arguments import check_composition
 from rlstab.trainers._checkpoint import latest_checkpoint
 from rlstab.trainers._grpo import StableGRPOTrainer
 from rlstab.trainers._host import GRPOConfig
@@ -17,5 +18,6 @@ __all__ = [
     "RowListener",
     "Signals",
     "StableGRPOTrainer",
+    "check_composition",
     "latest_checkpoint",
 ]

@@ -15,15 +15,18 @@ from rlstab.batch import Requirement
 from rlstab.errors import ConfigError
 from rlstab.losses import Objective, Prepared, RolloutPart, StepStatistic, Term, prepared_parts, presets, term_name
 from rlstab.trainers._host import GRPOConfig, GRPOTrainer
+from rlstab.trainers._supply import check_sampler, check_terms, reference_sources
 
 __all__ = [
     "by_name",
+    "check_composition",
     "check_schedule",
     "default_output_dir",
     "host_loss_arguments",
     "is_on_policy",
     "notice_inert_parts",
     "refuse_host_loss_arguments",
+    "requirements",
     "resolve",
     "rollout_parts",
 ]
@@ -78,6 +81,49 @@ def refuse_host_loss_arguments(args: GRPOConfig, owned: dict[str, str], owner: s
 def is_on_policy(args: GRPOConfig) -> bool:
     """Whether every batch is used for one update only, made by the policy that sampled it."""
     return bool(args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) == 0)
+
+
+def requirements(objective: Objective, advantage: RolloutPart | None) -> frozenset[Requirement]:
+    """What the terms read, the advantage included, and what the parts that they need read in turn."""
+    needs = objective.requires if advantage is None else objective.requires | {advantage.needed}
+    parts = prepared_parts(needs, RolloutPart) + prepared_parts(needs, StepStatistic)
+    return needs | {need for part in parts for need in part.requires}
+
+
+def check_composition(
+    objective: Objective | Term | None,
+    advantage: RolloutPart | None,
+    args: GRPOConfig,
+    *,
+    peft: bool = False,
+    returns_log_probs: bool = True,
+) -> None:
+    """Refuse, before a model is loaded, an objective that `StableGRPOTrainer` would refuse with these arguments.
+
+    Args:
+        objective: the loss; None stands for that of `args`.
+        advantage: the rollout part that turns rewards into advantages; None for the objective's own, or the host's.
+        args: the host's arguments.
+        peft: whether an adapter is trained instead of the weights.
+        returns_log_probs: whether generation returns the sampler's log-probs, as engines and vLLM do.
+
+    Raises:
+        ConfigError: for what cannot be honoured, with the reason and the remedy.
+
+    Example:
+        >>> from rlstab.losses import BatchStd, presets
+        >>> args = GRPOConfig("runs/a", scale_rewards="none", bf16=False)
+        >>> check_composition(presets.dapo(), BatchStd(), args)
+        Traceback (most recent call last):
+            ...
+        rlstab.errors.ConfigError: args.scale_rewards='none' has no effect beside advantage=...: leave it at ...
+    """
+    objective, advantage = resolve(objective, advantage, args)
+    needs = requirements(objective, advantage)
+    check_schedule(objective, args)
+    check_terms(objective, needs)
+    check_sampler(needs, returns_log_probs)
+    reference_sources(needs, args, peft=peft)
 
 
 def check_schedule(objective: Objective, args: GRPOConfig) -> None:

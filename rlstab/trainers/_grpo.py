@@ -107,8 +107,9 @@ class StableGRPOTrainer(GRPOTrainer):
         args = args if args is not None else GRPOConfig(_arguments.default_output_dir(model))
         self.signals = signals or _signals.OFF
         self.objective, self.advantage = _arguments.resolve(objective, advantage, args)
-        self._needs = self._all_requirements()
+        self._needs = _arguments.requirements(self.objective, self.advantage)
         _arguments.check_schedule(self.objective, args)
+        _supply.check_terms(self.objective, self._needs)
         peft = host.get("peft_config") is not None or (not isinstance(model, str) and is_peft_model(model))
         self._exact = [need for need in self._needs if isinstance(need, ExactDivergence)]
         watched = {"initial"} if self.signals.drift else set()
@@ -150,13 +151,6 @@ class StableGRPOTrainer(GRPOTrainer):
         self._sampler_start: Tensor | None = None
         self.add_callback(self._recorder)
         self.add_callback(_checkpoint.EpochStart(self))
-
-    def _all_requirements(self) -> frozenset[Requirement]:
-        needs = self.objective.requires
-        if self.advantage is not None:
-            needs |= {self.advantage.needed}
-        parts = prepared_parts(needs, RolloutPart) + prepared_parts(needs, StepStatistic)
-        return needs | {need for part in parts for need in part.requires}
 
     @property
     def returns_log_probs(self) -> bool:

@@ -16,7 +16,7 @@ from rlstab.rollouts import Engine
 from rlstab.trainers._host import GRPOConfig
 from rlstab.trainers._signals import Signals
 
-__all__ = ["check_supply", "check_types", "reference_sources"]
+__all__ = ["check_sampler", "check_supply", "check_terms", "check_types", "reference_sources"]
 
 REFERENCES = {"initial", "moving"}
 SUPPLIED_SOURCES = {"policy", "old", "sampler"} | REFERENCES
@@ -57,9 +57,8 @@ def reference_sources(needs: frozenset[Requirement], args: GRPOConfig, *, peft: 
     return sources & REFERENCES
 
 
-def check_supply(trainer: Any) -> None:
-    """Refuse what the objective reads and the trainer, as it is set up, cannot give it."""
-    objective, needs = trainer.objective, trainer._needs
+def check_terms(objective: Objective, needs: frozenset[Requirement]) -> None:
+    """Refuse what this trainer never has, however it is set up."""
     elsewhere = {name: term.rows for name, term in objective.terms.items() if term.rows != "rollout"}
     if elsewhere:
         raise ConfigError(
@@ -71,12 +70,22 @@ def check_supply(trainer: Any) -> None:
             "the objective reads a baseline per completion (for ReMax, the reward of a greedy one), which this trainer "
             "does not produce: use GroupCenter() or LeaveOneOut(), or fill the column in your own trainer"
         )
-    if LogProbs("sampler") in needs and not trainer.returns_log_probs:
+
+
+def check_sampler(needs: frozenset[Requirement], returns_log_probs: bool) -> None:
+    """Refuse parts that read the sampler's log-probs where generation has none."""
+    if LogProbs("sampler") in needs and not returns_log_probs:
         raise ConfigError(
             "the objective reads the sampler's log-probs, but generation with transformers returns none: pass "
             "engine=TransformersEngine, set use_vllm=True, pass a rollout_func that returns 'logprobs', or drop "
             "the part that needs them"
         )
+
+
+def check_supply(trainer: Any) -> None:
+    """Refuse what the objective reads and the trainer, as it is set up, cannot give it."""
+    objective, needs = trainer.objective, trainer._needs
+    check_sampler(needs, trainer.returns_log_probs)
     if trainer.accelerator.num_processes > 1 and _ranks_tokens_locally(objective):
         raise ConfigError(
             "TopEntropy(over='micro_batch') would rank the tokens of each process by themselves "

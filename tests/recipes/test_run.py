@@ -146,6 +146,8 @@ def test_only_a_run_can_be_resumed(folder: Path) -> None:
     [
         ("trainer.num_generations", "5", r"^trainer: .*num_generations"),
         ("trainer.save_strategy", "sometimes", r"^trainer: sometimes is not a valid SaveStrategy"),
+        ("trainer.beta", "0.1", r"beta=0.1 has no effect beside objective"),
+        ("trainer.steps_per_generation", "3", r"steps_per_generation=3 is no multiple of gradient_accumulation_steps"),
     ],
 )
 def test_what_the_trainer_refuses_makes_no_folder(folder: Path, key: str, value: str, message: str) -> None:
@@ -155,9 +157,10 @@ def test_what_the_trainer_refuses_makes_no_folder(folder: Path, key: str, value:
     assert not (folder / "refused").exists()
 
 
-def test_arguments_that_the_objective_owns_are_refused(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"beta=0.1 has no effect beside objective"):
-        run(folder, "owned", ("trainer.beta", "0.1"), ("warmup.steps", "1"))
+def test_a_part_that_reads_the_sampler_needs_an_engine(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"reads the sampler's log-probs, but generation with transformers"):
+        run(folder, "refused", ("engine", "null"), ("objective.terms.drift.samples", "sampler"))
+    assert not (folder / "refused").exists()
 
 
 def train(folder: Path, name: str) -> subprocess.Popen[str]:
