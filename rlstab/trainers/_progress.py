@@ -76,7 +76,8 @@ class ProgressCallback(TrainerCallback, RowListener):
         if self._total and (now - self._last_line >= SECONDS_BETWEEN_LINES or step == self._total):
             self._last_line = now
             left = (now - self._started) / max(step - self._first_step, 1) * (self._total - step)
-            self._console.print(f"step {step}/{self._total}  left {left:.0f} s  {self._numbers()}", highlight=False)
+            line = f"step {step}/{self._total}  left {left:.0f} s  {self._numbers()}"
+            self._console.print(line.rstrip(), highlight=False)
 
     def _numbers(self) -> str:
         return "  ".join(
