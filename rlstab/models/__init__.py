@@ -1,6 +1,7 @@
-"""Small helpers on transformers models: tiny models and tokenizers built locally, and an isolated random state."""
+"""Small helpers on transformers models: their heads, tiny ones built locally, and an isolated random state."""
 
+from rlstab.models._head import language_head
 from rlstab.models._rng import isolated_rng
 from rlstab.models._tiny import tiny_causal_lm, tiny_moe, tiny_tokenizer
 
-__all__ = ["isolated_rng", "tiny_causal_lm", "tiny_moe", "tiny_tokenizer"]
+__all__ = ["isolated_rng", "language_head", "tiny_causal_lm", "tiny_moe", "tiny_tokenizer"]

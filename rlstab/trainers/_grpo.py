@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,13 +21,13 @@ from rlstab.losses import (
     StepStatistic,
     Sum,
     Term,
-    exact_statistics,
     prepared_parts,
     warn_overflow,
 )
 from rlstab.record import RunFolder
 from rlstab.rollouts import Engine
 from rlstab.trainers import _arguments, _batches, _checkpoint, _host_metrics, _signals, _supply
+from rlstab.trainers._exact_pass import ExactPass, Streaming
 from rlstab.trainers._generation import EngineFactory, Generation
 from rlstab.trainers._host import GRPOConfig, GRPOTrainer, disable_gradient_checkpointing
 from rlstab.trainers._log import MetricLog, Numbers, merged
@@ -111,7 +110,8 @@ class StableGRPOTrainer(GRPOTrainer):
         _arguments.check_schedule(self.objective, args)
         _supply.check_terms(self.objective, self._needs)
         peft = host.get("peft_config") is not None or (not isinstance(model, str) and is_peft_model(model))
-        self._exact = [need for need in self._needs if isinstance(need, ExactDivergence)]
+        exact = tuple(need for need in self._needs if isinstance(need, ExactDivergence))
+        streaming = Streaming(args.temperature, float32=args.cast_lm_head_to_fp32)
         watched = {"initial"} if self.signals.drift else set()
         self._references = References(
             _supply.reference_sources(self._needs, args, peft=peft), watched, model, peft=peft
@@ -128,13 +128,11 @@ class StableGRPOTrainer(GRPOTrainer):
                     f"drift/{source}/kl",
                     "the policy is spread over ranks: use a term that compares with this reference",
                 )
-        self._references.prepare(self, model)
+        attach = partial(streaming.attach, fused=bool(exact))
+        attach(self.model.get_base_model() if is_peft_model(self.model) else self.model)
+        self._references.prepare(self, model, attach)
+        self._exact = ExactPass(self, self._references, streaming, exact) if exact else None
         self._generation = Generation(self, engine) if engine is not None else None
-        if self.signals.drift and not self.scores_positions:
-            self.report_skipped(
-                "drift/initial/kl", "drift is scored for text models whose forward takes logits_to_keep"
-            )
-            self.signals = replace(self.signals, drift=False)
         _supply.check_supply(self)
         if objective is not None:
             _arguments.notice_inert_parts(self.objective, args)
@@ -142,7 +140,7 @@ class StableGRPOTrainer(GRPOTrainer):
         self._scopes = {term.mean.over for term in self.objective.terms.values()}
         self._log_of_step = MetricLog(self.accelerator)
         self._mismatch = _signals.Mismatch(self.accelerator)
-        self._drift = _signals.Drift(self, self._references, self.signals)
+        self._drift = _signals.Drift(self, self._references, streaming, self.signals)
         self._step_count: Count | None = None
         self._buffered_inputs: Any = None
         self._reward_matrix: Tensor | None = None
@@ -157,13 +155,6 @@ class StableGRPOTrainer(GRPOTrainer):
         """Whether generation can return the sampler's log-probs."""
         own_generation = type(self)._generate_single_turn is not StableGRPOTrainer._generate_single_turn
         return bool(self.use_vllm or self.rollout_func or self._generation or own_generation)
-
-    @property
-    def scores_positions(self) -> bool:
-        """Whether logits at chosen positions can be had: a text model whose forward knows `logits_to_keep`."""
-        policy = self.accelerator.unwrap_model(self.model)
-        forward = type(policy.get_base_model() if is_peft_model(policy) else policy).forward
-        return not self._is_vlm and "logits_to_keep" in inspect.signature(forward).parameters
 
     # ------------------------------------------------------------------ phase 1: a whole generation
 
@@ -336,8 +327,8 @@ class StableGRPOTrainer(GRPOTrainer):
     # ------------------------------------------------------------------ phase 3: a micro-batch
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        if self._exact:
-            logps, vocab, aux_loss = self._dense_pass(model, inputs)
+        if self._exact is not None:
+            logps, vocab, aux_loss = self._exact(model, inputs, aux_loss=self.aux_loss_enabled)
         else:
             logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(
                 model, **_batches.model_inputs(inputs), compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
@@ -348,7 +339,7 @@ class StableGRPOTrainer(GRPOTrainer):
             logps={"policy": logps},
             vocab=vocab,
             counts=self._counts(inputs),
-            zeroed=not self._exact and "tool_mask" not in inputs,  # the host gives padding 0, tokens of tools a score
+            zeroed=self._exact is not None or "tool_mask" not in inputs,  # the host scores tokens of tools
         )
         result = self.objective(batch)
         loss = result.loss
@@ -356,25 +347,6 @@ class StableGRPOTrainer(GRPOTrainer):
             loss = loss + self.router_aux_loss_coef * aux_loss / self._accumulation()
         self._measure(result, batch, aux_loss)
         return loss
-
-    def _dense_pass(
-        self, model: nn.Module, inputs: Mapping[str, Any]
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """Log-probs, entropy and exact divergences from one pass that keeps the logits of the micro-batch."""
-        call = _batches.model_inputs(inputs)
-        call["logits_to_keep"] += 1
-        extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        output = model(**call, **extra)
-        ref_logits = {}
-        for source in sorted({need.source for need in self._exact}):
-            with self._references.use(source, self.model, self.accelerator) as reference:
-                ref_logits[source] = reference(**call).logits[:, :-1]
-        logits = output.logits[:, :-1]
-        exact = exact_statistics(self._exact, logits, ref_logits, temperature=self.temperature)
-        log_probs = (logits.float() / self.temperature).log_softmax(-1)
-        logps = log_probs.gather(-1, inputs["completion_ids"].unsqueeze(-1)).squeeze(-1)
-        entropy = -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1)
-        return logps, {"entropy": entropy, **exact}, output.aux_loss if self.aux_loss_enabled else None
 
     def _accumulation(self) -> float:
         return float(self.current_gradient_accumulation_steps) if self.model.training else 1.0

@@ -30,19 +30,23 @@ def check_version(version: str) -> None:
 
 check_version(installed_version("trl"))  # before the imports: another version may lack what they name
 
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import (
+    FusedCausalLMOutput,
     RepeatSampler,
     add_fused_lm_head,
     create_model_from_path,
     disable_dropout_in_model,
+    maybe_gather_lm_head_ctx,
     use_adapter,
 )
 
 __all__ = [
+    "FusedCausalLMOutput",
     "GRPOConfig",
     "GRPOTrainer",
     "RepeatSampler",
@@ -53,6 +57,8 @@ __all__ = [
     "create_model_from_path",
     "disable_dropout_in_model",
     "disable_gradient_checkpointing",
+    "load_balancing_loss_func",
+    "maybe_gather_lm_head_ctx",
     "prepare_deepspeed",
     "prepare_fsdp",
     "use_adapter",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -47,8 +47,8 @@ class References:
         if not peft and isinstance(model, nn.Module):
             self._models = {source: _copy(model, park=source in self.parked) for source in sorted(self.sources)}
 
-    def prepare(self, trainer: Any, model: str | nn.Module) -> None:
-        """Load what is missing, patch and place the copies like the policy."""
+    def prepare(self, trainer: Any, model: str | nn.Module, attach: Callable[[Any], None]) -> None:
+        """Load what is missing, patch and place the copies like the policy; `attach` patches one for streaming."""
         if self.peft:
             return
         args: GRPOConfig = trainer.args
@@ -57,11 +57,13 @@ class References:
                 self._models[source] = _load_like(trainer, str(model))
             reference = self._models[source].requires_grad_(False).eval()
             if source in self.parked:
+                attach(reference)
                 self._models[source] = reference.to("cpu")
                 continue
             if args.disable_dropout:
                 disable_dropout_in_model(reference)
             add_fused_lm_head(reference, temperature=args.temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
+            attach(reference)
             self._models[source] = _place(reference, trainer)
         if "moving" in self._models:
             trainer.add_callback(

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlstab.batch import TokenBatch
+from rlstab.batch import ExactDivergence, TokenBatch
 from rlstab.errors import ConfigError
-from rlstab.losses import clustered_mean, exact_kl, mismatch_rows, mismatch_values
+from rlstab.losses import ReverseKL, clustered_mean, mismatch_rows, mismatch_values, streamed_statistics
 from rlstab.trainers import _batches
+from rlstab.trainers._exact_pass import States, Streaming, completion_labels, forward_inputs, whole
 from rlstab.trainers._references import References
 
 __all__ = ["Signals"]
@@ -50,6 +51,7 @@ class Signals:
 
 OFF = Signals(mismatch=False, drift=False)
 POSITIONS_PER_ROW = 4
+DRIFT = ExactDivergence(ReverseKL(), "reference")
 
 
 class Mismatch:
@@ -80,8 +82,9 @@ class Mismatch:
 class Drift:
     """Exact KL from the policy to the references at sampled positions."""
 
-    def __init__(self, trainer: Any, references: References, signals: Signals) -> None:
+    def __init__(self, trainer: Any, references: References, streaming: Streaming, signals: Signals) -> None:
         self._trainer = trainer
+        self._streaming = streaming
         self._references = references
         self._signals = signals
 
@@ -91,21 +94,55 @@ class Drift:
         Args:
             window: the micro-batches of the optimizer step, of one generation.
         """
-        sources, trainer = sorted(self._references.sources), self._trainer
-        keys = [key for key in (*_batches.TEXT_KEYS, "tool_mask", "rlstab_group") if key in window[0]]
-        inputs = {key: torch.cat([batch[key] for batch in window]) for key in keys}
-        rows, columns = self._positions(inputs)
-        call = _scoring_call(inputs, rows, columns)
-        mask = _batches.completion_masks(inputs)[1][rows][:, columns]
-        policy = self._logits(trainer.model, call)
-        mask, group = self._gather(mask.int()).bool(), self._gather(inputs["rlstab_group"][rows])
+        inputs, chosen = self._chosen(window)
+        labels, call = completion_labels(inputs, chosen), forward_inputs(inputs)
+        policy = self._states(self._trainer.model, call, labels)
+        mask, group = self._gather(chosen.int()).bool(), self._gather(inputs["rlstab_group"])
         values: dict[str, float] = {}
-        for source in sources:
-            with self._references.use(source, trainer.model, trainer.accelerator) as reference:
-                kl = exact_kl(policy, self._logits(reference, call))
-            mean, error = clustered_mean(self._gather(kl), mask, group)
+        for source in sorted(self._references.sources):
+            with self._references.use(source, self._trainer.model, self._trainer.accelerator) as reference:
+                kl = self._kl(policy, self._states(reference, call, labels))
+            everywhere = self._gather(kl.new_zeros(chosen.shape).masked_scatter(chosen, kl))
+            mean, error = clustered_mean(everywhere, mask, group)
             values[f"drift/{source}/kl"], values[f"drift/{source}/kl_se"] = mean.item(), error.item()
         return values
+
+    def _chosen(self, window: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], Tensor]:
+        """Rows to run and which of their tokens to compare; images stay in the micro-batch that they came in."""
+        if self._trainer._is_vlm:
+            inputs = window[self._trainer.state.global_step % len(window)]
+            rows, columns = self._positions(inputs)
+        else:
+            keys = [key for key in (*_batches.TEXT_KEYS, "tool_mask", "rlstab_group") if key in window[0]]
+            inputs = {key: torch.cat([batch[key] for batch in window]) for key in keys}
+            rows, columns = self._positions(inputs)
+            inputs, rows = {key: value[rows] for key, value in inputs.items()}, torch.arange(len(rows))
+        _, mask = _batches.completion_masks(inputs)
+        chosen = torch.zeros_like(mask)
+        chosen[rows.unsqueeze(-1), columns] = True
+        return inputs, chosen & mask
+
+    def _states(self, model: nn.Module, call: Mapping[str, Any], labels: Tensor) -> States:
+        training = model.training
+        model.eval()
+        states = self._streaming.states(model, self._trainer.accelerator, call, labels)
+        model.train(training)
+        return states
+
+    @torch.no_grad()
+    def _kl(self, policy: States, reference: States) -> Tensor:
+        """The divergence of each position, `[N]`."""
+        ours, theirs = whole([policy.head, reference.head])
+        labels = torch.zeros(len(policy.hidden), dtype=torch.long, device=policy.hidden.device)
+        found = streamed_statistics(
+            policy.hidden,
+            ours,
+            labels,
+            statistics=(),
+            requirements=[DRIFT],
+            references={DRIFT.source: (reference.hidden, theirs)},
+        )
+        return found[DRIFT.key]
 
     def _gather(self, values: Tensor) -> Tensor:
         """The rows of all ranks, which may have drawn different numbers of positions."""
@@ -129,14 +166,6 @@ class Drift:
         device = trainer.accelerator.device
         return rows.to(device), columns.to(device)
 
-    def _logits(self, model: nn.Module, call: Mapping[str, Tensor]) -> Tensor:
-        training = model.training
-        model.eval()
-        with torch.no_grad(), self._trainer.accelerator.autocast():
-            logits: Tensor = model(**call).logits.float()
-        model.train(training)
-        return logits / float(self._trainer.args.temperature)
-
 
 def _one_of_each_first(order: Tensor, group: Tensor) -> Tensor:
     """`order` with the first row of every group moved to the front: more prompts, fewer rows of one."""
@@ -146,9 +175,3 @@ def _one_of_each_first(order: Tensor, group: Tensor) -> Tensor:
     front = set(firsts.values())
     positions = sorted(range(len(order)), key=lambda position: position not in front)
     return order[torch.tensor(positions, dtype=torch.long)]
-
-
-def _scoring_call(inputs: Mapping[str, Any], rows: Tensor, columns: Tensor) -> dict[str, Tensor]:
-    call = _batches.model_inputs({key: inputs[key][rows] for key in _batches.TEXT_KEYS})
-    call["logits_to_keep"] = inputs["prompt_ids"].size(1) - 1 + columns
-    return call

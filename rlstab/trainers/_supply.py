@@ -91,13 +91,6 @@ def check_supply(trainer: Any) -> None:
             "TopEntropy(over='micro_batch') would rank the tokens of each process by themselves "
             f"({trainer.accelerator.num_processes} processes): use over='step', which ranks those of the whole step"
         )
-    exact = [need.key for need in needs if isinstance(need, ExactDivergence)]
-    if exact and not trainer.scores_positions:
-        raise ConfigError(
-            f"{exact[0]}: exact divergences need a text model whose forward takes logits_to_keep, which "
-            f"{type(trainer.accelerator.unwrap_model(trainer.model)).__name__} with this processor is not: use "
-            "form='sampled'"
-        )
 
 
 def _ranks_tokens_locally(objective: Objective) -> bool:
