@@ -34,6 +34,7 @@ from rlstab.trainers._log import MetricLog, Numbers, merged
 from rlstab.trainers._recorder import Recorder
 from rlstab.trainers._references import References
 from rlstab.trainers._signals import Signals
+from rlstab.trainers._skip import infinite_terms, skip_update
 
 __all__ = ["StableGRPOTrainer"]
 
@@ -64,6 +65,8 @@ class StableGRPOTrainer(GRPOTrainer):
         run: run folder to write metrics, sampled completions and events into.
         engine: what samples the completions, or what makes it from policy and tokenizer, such as `TransformersEngine`:
             the sampler's log-probs then come back with every token. Default: the host's generation.
+        skip_overflow: leave out the update of a step in which a term is `+inf` at some token, as an exact divergence is
+            from a reference that excludes what the policy does not. Not with DeepSpeed.
         *others: further arguments of the host by position, from `train_dataset` on.
         **host: every other argument of the host (`train_dataset`, `processing_class`, `peft_config`, ...).
 
@@ -99,6 +102,7 @@ class StableGRPOTrainer(GRPOTrainer):
         signals: Signals | None = Signals(),  # noqa: B008  # frozen
         run: RunFolder | None = None,
         engine: Engine | EngineFactory | None = None,
+        skip_overflow: bool = True,
         **host: Any,
     ) -> None:
         _supply.check_types(model, signals, run, engine)
@@ -121,6 +125,7 @@ class StableGRPOTrainer(GRPOTrainer):
             super().__init__(model, reward_funcs, args, **host)
         self.beta = 0.0
         self._recorder = Recorder(self, run)
+        self._skip_overflow = skip_overflow
         self._skipped: set[str] = set()
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             for source in sorted(self._references.give_up_parked()):
@@ -417,6 +422,8 @@ class StableGRPOTrainer(GRPOTrainer):
             values |= {key: by_term[name][metric] for metric, key in OF_POLICY.items() if metric in by_term[name]}
             values[f"{prefix}weight"] = float(term.coefficient)
             warn_overflow(name, by_term[name])
+        if self._skip_overflow and (infinite := infinite_terms(self.objective, by_term)):
+            skip_update(self, infinite)
         values |= self._mismatch.collect()
         if self.signals.drift and (step - 1) % self.signals.drift_every == 0:
             values |= self._drift.measure(self._window())

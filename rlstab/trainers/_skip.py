@@ -1,0 +1,48 @@
+"""Leaves out an update that no finite loss stands behind."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from rlstab.losses import Objective
+
+__all__ = ["infinite_terms", "skip_update"]
+
+logger = logging.getLogger("rlstab")
+
+
+def infinite_terms(objective: Objective, metrics: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """The terms that weigh in and were `+inf` at some token of the step.
+
+    Args:
+        objective: the loss.
+        metrics: by term, its metrics over all ranks.
+    """
+    return [
+        name
+        for name, term in objective.terms.items()
+        if metrics[name].get("overflow", 0.0) > 0 and float(term.coefficient) != 0
+    ]
+
+
+def skip_update(trainer: Any, terms: list[str]) -> None:
+    """Take the gradients away before the optimizer sees them, and say why; every rank has to."""
+    step = trainer.state.global_step + 1
+    if trainer.is_deepspeed_enabled:
+        logger.warning("step %d: %s +inf, but DeepSpeed has made its update already", step, _are(terms))
+        return
+    for parameter in trainer.model.parameters():
+        if parameter.grad is not None:
+            # A gradient scaler (fp16) wants to find something infinite, and then leaves the update out itself.
+            scaled = trainer.accelerator.scaler is not None
+            parameter.grad = torch.full_like(parameter.grad, torch.inf) if scaled else None
+    trainer._recorder.event("step_skipped", terms=terms, reason="+inf")
+    logger.warning("step %d: its update is left out, because %s +inf at some tokens", step, _are(terms))
+
+
+def _are(terms: list[str]) -> str:
+    return f"{', '.join(terms)} {'is' if len(terms) == 1 else 'are'}"
