@@ -57,9 +57,12 @@ class LogProbs(Requirement):
 
 @dataclass(frozen=True)
 class VocabStat(Requirement):
-    """A statistic of the policy's full distribution at each position, as `batch.vocab[name]`, with gradient."""
+    """A statistic of the policy's full distribution at each position, as `batch.vocab[name]`, with gradient.
 
-    name: Literal["entropy"]
+    `entropy`, in nats; `log_z`, the log of the softmax's denominator.
+    """
+
+    name: Literal["entropy", "log_z"]
 
 
 class Generator(Protocol):

@@ -34,6 +34,7 @@ from rlstab.losses._clipped import (
 from rlstab.losses._conflict import ConflictMask, ConflictWeight, EntropyFilter
 from rlstab.losses._controllers import Controller, EntropyTarget, Linear
 from rlstab.losses._covariance import KLCov, TopCovariance
+from rlstab.losses._covariance_band import ClipCov, CovarianceSample, EntropyCovariance, MeanCovariance
 from rlstab.losses._divergence import Divergence, Estimate, warn_overflow
 from rlstab.losses._divergences import (
     AlphaDivergence,
@@ -50,12 +51,22 @@ from rlstab.losses._divergences import (
     SoftenedKL,
 )
 from rlstab.losses._entropy import EntropyBonus, KeptShare
+from rlstab.losses._entropy_law import EntropyLaw
 from rlstab.losses._exact import CauchySchwarz, exact_divergence, exact_kl, exact_statistics
+from rlstab.losses._imitation import CHORD, DFT, PSFT, SFT, EntropySFT, Imitation, ImportanceSFT, PolicyShaping, TrSFT
 from rlstab.losses._kl import KL
 from rlstab.losses._mean import Mean
 from rlstab.losses._metrics import Hist, Max, Metric, Min, Sum, Total, token_mean
 from rlstab.losses._mismatch import clustered_mean, clustered_ratio, mismatch_rows, mismatch_values
 from rlstab.losses._objective import Objective, ObjectiveLoss, TermReport
+from rlstab.losses._over_vocabulary import (
+    AdaptiveAlpha,
+    ClippedAlpha,
+    EntropyBalancedKL,
+    GuidedKL,
+    VocabularyTerm,
+    ZLoss,
+)
 from rlstab.losses._parts import Needs, Part, Prepared, RolloutPart, StepStatistic, prepared_parts, run_parts
 from rlstab.losses._policy_gradient import (
     VESPO,
@@ -65,6 +76,17 @@ from rlstab.losses._policy_gradient import (
     optimal_value,
 )
 from rlstab.losses._ratio import GeometricRatio, GSPOTokenRatio, PreClippedRatio, Ratio, SequenceRatio, TokenRatio
+from rlstab.losses._rewards import (
+    MixedGroups,
+    MixedGroupsOnly,
+    SoftOverlong,
+    Unsolved,
+    UnsolvedOnly,
+    soft_overlong,
+    thinking_trust,
+    trusted_rewards,
+)
+from rlstab.losses._rpg import RPG, rpg_penalty
 from rlstab.losses._sampler_weight import (
     GeometricRejection,
     MaskedIS,
@@ -73,11 +95,13 @@ from rlstab.losses._sampler_weight import (
     TruncatedIS,
     Veto,
 )
+from rlstab.losses._schedules import AdaptiveKL, Cosine, DynamicKL
 from rlstab.losses._streamed import Statistic, streamed_statistics
 from rlstab.losses._streamed_head import Head
 from rlstab.losses._surrogate import RatioSurrogate, Surrogate
 from rlstab.losses._term import Loss, Term, term_name
 from rlstab.losses._top_k import top_k_divergence
+from rlstab.losses._trust_region import TotalVariationMask
 from rlstab.losses._weight import (
     EntropyThreshold,
     Factor,
@@ -86,29 +110,46 @@ from rlstab.losses._weight import (
     TruncatedCompletions,
     Weight,
 )
+from rlstab.losses._weighted import ImplicitReward, ScoreWeight, Weighted, score_weight
 
 __all__ = [
+    "CHORD",
     "CISPO",
+    "DFT",
     "GFPO",
     "GMPO",
     "KL",
     "OPO",
+    "PSFT",
+    "RPG",
     "SAPO",
+    "SFT",
     "VESPO",
     "AStarPO",
+    "AdaptiveAlpha",
+    "AdaptiveKL",
     "Advantage",
     "AlphaDivergence",
     "BatchStd",
     "CauchySchwarz",
     "ChiSquared",
     "ChiSquaredMixture",
+    "ClipCov",
+    "ClippedAlpha",
     "ClippedSurrogate",
     "ConflictMask",
     "ConflictWeight",
     "Controller",
+    "Cosine",
+    "CovarianceSample",
     "Divergence",
+    "DynamicKL",
+    "EntropyBalancedKL",
     "EntropyBonus",
+    "EntropyCovariance",
     "EntropyFilter",
+    "EntropyLaw",
+    "EntropySFT",
     "EntropyTarget",
     "EntropyThreshold",
     "Estimate",
@@ -123,9 +164,13 @@ __all__ = [
     "GroupCenter",
     "GroupNorm",
     "Groups",
+    "GuidedKL",
     "Head",
     "Hellinger",
     "Hist",
+    "Imitation",
+    "ImplicitReward",
+    "ImportanceSFT",
     "ImportanceSurrogate",
     "Jeffreys",
     "JensenShannon",
@@ -137,14 +182,18 @@ __all__ = [
     "MaskedIS",
     "Max",
     "Mean",
+    "MeanCovariance",
     "Metric",
     "Min",
+    "MixedGroups",
+    "MixedGroupsOnly",
     "Needs",
     "Objective",
     "ObjectiveLoss",
     "OffPolicySequenceMask",
     "Part",
     "PolicyGradient",
+    "PolicyShaping",
     "PreClippedRatio",
     "Prepared",
     "Ratio",
@@ -157,9 +206,11 @@ __all__ = [
     "RolloutPart",
     "SamplerCorrection",
     "SamplerWeight",
+    "ScoreWeight",
     "SequenceRatio",
     "SigmaFilter",
     "SkewJSD",
+    "SoftOverlong",
     "SoftenedKL",
     "Statistic",
     "StepStatistic",
@@ -171,10 +222,17 @@ __all__ = [
     "TopCovariance",
     "TopEntropy",
     "Total",
+    "TotalVariationMask",
+    "TrSFT",
     "TruncatedCompletions",
     "TruncatedIS",
+    "Unsolved",
+    "UnsolvedOnly",
     "Veto",
+    "VocabularyTerm",
     "Weight",
+    "Weighted",
+    "ZLoss",
     "clustered_mean",
     "clustered_ratio",
     "exact_divergence",
@@ -185,10 +243,15 @@ __all__ = [
     "optimal_value",
     "prepared_parts",
     "presets",
+    "rpg_penalty",
     "run_parts",
+    "score_weight",
+    "soft_overlong",
     "streamed_statistics",
     "term_name",
+    "thinking_trust",
     "token_mean",
     "top_k_divergence",
+    "trusted_rewards",
     "warn_overflow",
 ]

@@ -36,7 +36,9 @@ from rlstab.losses import (
     Term,
     TokenRatio,
     TopEntropy,
+    TruncatedCompletions,
     TruncatedIS,
+    UnsolvedOnly,
     Veto,
     Weight,
 )
@@ -65,11 +67,17 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"weights": (TruncatedIS(max=2.0), Veto())},
         {"weights": (MaskedIS(max=2.0, level="sequence"),)},
     ],
+    "ClipCov": [
+        {"fraction": 0.3, "min": -0.5, "max": 2.0},
+        {"fraction": 0.3, "min": -0.5, "max": 2.0, "over": "micro_batch"},
+    ],
+    "CovarianceSample": [{"fraction": 0.3, "min": -0.5, "max": 2.0}],
     "EntropyBonus": [{}, {"weights": (TopEntropy(fraction=0.5),)}],
     "EntropyThreshold": [{"fraction": 0.5}],
     "GFPO": [{"k": 2}, {"k": 2, "metric": "reward_per_length"}],
     "GPGAdvantage": [{}, {"norm": "std"}],
     "GeometricRejection": [{"low": 0.9, "high": 1.1}],
+    "ImportanceSFT": [{}, {"level": "token"}],
     "KeptShare": [{"weights": (TopEntropy(fraction=0.5),)}],
     "KL": [
         {"estimator": "k1", "weight": "differentiable"},
@@ -85,11 +93,28 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "MaskedIS": [{"max": 2.0}, {"min": 0.5, "max": 5.0}],
     "OffPolicySequenceMask": [{"delta": 0.1}],
     "SigmaFilter": [{"advantage": GroupNorm()}],
+    "MixedGroups": [{}, {"unit": "sequence"}],
+    "RPG": [
+        {"divergence": divergence, "normalised": normalised, "form": form, "beta": 0.2, "clip": clip}
+        for divergence in ("forward", "reverse")
+        for normalised, clip in ((False, True), (True, False))
+        for form in ("differentiable", "reinforce")
+    ],
+    "ScoreWeight": [
+        {"divergence": name, "teacher": "initial"} for name in ("js", "forward_kl", "hellinger", "jeffreys")
+    ],
+    "SoftOverlong": [{"longest": 6, "cache": 3}],
     "TopCovariance": [{"fraction": 0.2}],
     "TopEntropy": [{"fraction": 0.5}],
+    "TrSFT": [{}, {"form": "surrogate"}],
+    "Unsolved": [{}, {"level": "group"}],
+    "Weighted": [
+        {"term": rlstab.losses.KL(estimator="k2"), "weights": (Veto(), TruncatedCompletions())},
+        {"term": rlstab.losses.ForwardKL(), "weights": UnsolvedOnly(threshold=0.0)},
+    ],
 }
 # Choices within the micro-batch depend on the split by definition.
-DEPENDS_ON_SPLIT = {"KLCov(over='micro_batch')"}
+DEPENDS_ON_SPLIT = {"KLCov(over='micro_batch')", "ClipCov(min=-0.5, max=2.0, over='micro_batch')"}
 
 
 def part_classes(*kinds: type[Part]) -> list[type[Part]]:

@@ -67,7 +67,8 @@ def data_of(rows: int = 7, length: int = 6, *, seed: int = 0, dtype: torch.dtype
     }
     columns = {name: value.to(dtype) if value.is_floating_point() else value for name, value in columns.items()}
     vocab = {
-        name: 0.1 + torch.rand(rows, length, generator=generator, dtype=torch.float64) for name in ("entropy", "exact")
+        name: 0.1 + torch.rand(rows, length, generator=generator, dtype=torch.float64)
+        for name in ("entropy", "exact", "log_z")
     }
     return Data(mask, mask & ~tool, logps, vocab, columns).to(dtype)
 
