@@ -64,9 +64,9 @@ def missing(batch: TokenBatch, source: str) -> Bool[Tensor, "B T"]:
     tensor([[False,  True,  True]])
     """
 
-    def find(batch: TokenBatch) -> Bool[Tensor, "B T"]:
+    def find(batch: TokenBatch) -> Tensor:  # no shape: an annotation in here is made anew at each call
         logp = batch.logp(source).detach()
-        return ~(logp > -torch.inf) if source == "sampler" else logp == -torch.inf
+        return ~(logp > -torch.inf) if source == "sampler" else logp.isneginf()
 
     return batch.once(f"missing from {source}", find)
 
