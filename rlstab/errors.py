@@ -11,6 +11,7 @@ RlstabError
 ├── RewardError (ValueError)         rewards or verifiers that do not give one finite number, or None, per completion
 ├── EngineError (RuntimeError)       a rollout engine that cannot do what it was asked
 │   └── WeightSyncError              weights that an engine cannot take
+├── RoutingError (RuntimeError)      a router whose choice can be neither read nor replaced
 ├── RecordError (OSError)            a run folder that cannot be written or read
 └── HostError (ImportError)          an installed TRL that rlstab was not tested with
 ```
@@ -27,6 +28,7 @@ __all__ = [
     "RecordError",
     "RewardError",
     "RlstabError",
+    "RoutingError",
     "SchemaError",
     "ShapeError",
     "WeightSyncError",
@@ -82,6 +84,10 @@ class EngineError(RlstabError, RuntimeError):
 
 class WeightSyncError(EngineError):
     """Weights that do not fit the engine's model, or that are older than those it has."""
+
+
+class RoutingError(RlstabError, RuntimeError):
+    """A router of a mixture of experts whose choice can be neither read nor replaced."""
 
 
 class HostError(RlstabError, ImportError):

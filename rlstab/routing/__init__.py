@@ -1,0 +1,7 @@
+"""Which experts the tokens of a mixture of experts go to: recorded, replayed, compared."""
+
+from rlstab.routing._pass import Pass
+from rlstab.routing._routers import Router, Routers
+from rlstab.routing._routes import Routes, compact
+
+__all__ = ["Pass", "Router", "Routers", "Routes", "compact"]
