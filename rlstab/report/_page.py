@@ -9,10 +9,10 @@ from html import escape
 from pathlib import Path
 
 from rlstab.errors import RecordError
-from rlstab.record import Event, Rollout, RunFolder
+from rlstab.record import Event, Rollout, Run, RunFolder, numbers
 from rlstab.report._css import STYLE
 from rlstab.report._plots import PLOTS, Plot, png
-from rlstab.report._run import Run, known, numbers, read
+from rlstab.report._run import known
 from rlstab.report._style import DARK, LIGHT, Palette
 from rlstab.report._summary import amount, change, summarise, title
 from rlstab.report._verdict import missing, verdict
@@ -47,7 +47,7 @@ def write_report(folder: RunFolder) -> Path:
         ...     write_report(RunFolder.create(f"{place}/run", config_text="seed: 0")).name
         'report.html'
     """
-    text = page(read(folder))
+    text = page(Run.of(folder))
     try:
         folder.report.write_text(text, "utf-8")
     except OSError as error:

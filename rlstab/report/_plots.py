@@ -15,8 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from numpy.typing import NDArray
 
 from rlstab.errors import RecordError
-from rlstab.record import RunFolder, Series
-from rlstab.report._run import Run, numbers, read
+from rlstab.record import Run, RunFolder, Series, numbers
 from rlstab.report._style import LIGHT, Label, Palette, frame, label_ends
 from rlstab.schema import signal
 
@@ -67,7 +66,7 @@ def write_plots(folder: RunFolder) -> list[Path]:
         ...     [file.name for file in write_plots(folder)]
         ['reward.png']
     """
-    run = read(folder)
+    run = Run.of(folder)
     written: list[Path] = []
     for plot in PLOTS:
         if plot.possible(run):

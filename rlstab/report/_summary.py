@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlstab.record import RunFolder
-from rlstab.report._run import Run, read
+from rlstab.record import Run, RunFolder
 from rlstab.schema import signal
 
 Judgement = Literal["better", "worse", "not clear", ""]
@@ -108,7 +107,7 @@ def summary(folder: RunFolder) -> list[SummaryRow]:
         ...     [(row.name, row.before, row.after, row.judgement) for row in summary(folder)]
         [('pass@1', 0.25, 0.75, 'better')]
     """
-    return summarise(read(folder))
+    return summarise(Run.of(folder))
 
 
 def print_summary(folder: RunFolder, console: Console) -> None:
@@ -134,7 +133,7 @@ def print_summary(folder: RunFolder, console: Console) -> None:
          pass@1       –   75.0 %        –
         <BLANKLINE>
     """
-    run = read(folder)
+    run = Run.of(folder)
     styles = {"better": "bold green", "worse": "bold red", "not clear": "yellow", "": ""}
     table = Table(title=Text(f"{run.name}: before → after"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("")

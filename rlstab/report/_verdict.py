@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from rlstab.record import Run
 from rlstab.report._plots import PLOTS
-from rlstab.report._run import Run
 from rlstab.report._summary import SummaryRow, amount, change, summarise
 from rlstab.schema import signal
 

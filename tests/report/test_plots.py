@@ -11,17 +11,16 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from rlstab.errors import RecordError
-from rlstab.record import RunFolder
+from rlstab.record import Run, RunFolder
 from rlstab.report import write_plots
 from rlstab.report._plots import PLOTS, smooth
-from rlstab.report._run import read
 from rlstab.report._style import DARK, LIGHT, spread
 
 WriteSeries = Callable[[RunFolder, dict[str, list[float]]], RunFolder]
 
 
 def draw(folder: RunFolder, name: str) -> Figure:
-    figure = next(plot for plot in PLOTS if plot.name == name).draw(read(folder), LIGHT)
+    figure = next(plot for plot in PLOTS if plot.name == name).draw(Run.of(folder), LIGHT)
     figure.draw_without_rendering()
     return figure
 
@@ -133,7 +132,7 @@ def test_any_values_can_be_drawn(empty_run: RunFolder, run_of: WriteSeries, name
 
 
 def test_palettes_change_colours_only(full_run: RunFolder) -> None:
-    plot, run = PLOTS[0], read(full_run)
+    plot, run = PLOTS[0], Run.of(full_run)
     light, dark = plot.draw(run, LIGHT), plot.draw(run, DARK)
     assert light.get_facecolor() != dark.get_facecolor()
     assert line(light, 1) == line(dark, 1)

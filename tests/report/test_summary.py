@@ -6,9 +6,8 @@ from collections.abc import Callable
 import pytest
 from rich.console import Console
 
-from rlstab.record import RunFolder
+from rlstab.record import Run, RunFolder
 from rlstab.report import SummaryRow, print_summary, summary
-from rlstab.report._run import read
 from rlstab.report._summary import amount, change
 from rlstab.report._verdict import missing, verdict
 
@@ -109,18 +108,18 @@ def test_printing_an_empty_run_prints_nothing(empty_run: RunFolder) -> None:
 
 
 def test_verdict_of_a_full_run(full_run: RunFolder) -> None:
-    assert verdict(read(full_run)) == [
+    assert verdict(Run.of(full_run)) == [
         "pass@1 on held-out prompts rose from 45.3 % to 92.7 % (+47.4 ± 2.4 points, one standard error).",
         "The policy moved 0.31 ± 0.02 nats/token (KL) away from where it started.",
         "Trainer and sampler agreed: k3 was at most 1.8e-05 nats/token.",
         "Training finished after 100 steps, resumed once.",
     ]
-    assert missing(read(full_run)) == []
+    assert missing(Run.of(full_run)) == []
 
 
 def test_verdict_does_not_claim_a_change_within_its_uncertainty(empty_run: RunFolder) -> None:
     evaluated(empty_run, {"eval/pass@1": 0.5, "eval/pass@1_se": 0.02}, {"eval/pass@1": 0.53, "eval/pass@1_se": 0.02})
-    assert verdict(read(empty_run))[0] == (
+    assert verdict(Run.of(empty_run))[0] == (
         "pass@1 on held-out prompts went from 50.0 % to 53.0 %: "
         "no change beyond two standard errors (+3.0 ± 2.8 points)."
     )
@@ -128,7 +127,7 @@ def test_verdict_does_not_claim_a_change_within_its_uncertainty(empty_run: RunFo
 
 def test_verdict_names_a_loss(empty_run: RunFolder) -> None:
     evaluated(empty_run, {"eval/reward": 0.5}, {"eval/reward": 0.2})
-    assert verdict(read(empty_run))[0] == (
+    assert verdict(Run.of(empty_run))[0] == (
         "reward on held-out prompts fell from 0.5 to 0.2 (-0.3, no standard error was recorded)."
     )
 
@@ -150,24 +149,24 @@ def test_agreement_of_trainer_and_sampler(
     empty_run: RunFolder, run_of: WriteSeries, series: dict[str, list[float]], sentence: str
 ) -> None:
     run_of(empty_run, series)
-    assert sentence in verdict(read(empty_run))[2]
+    assert sentence in verdict(Run.of(empty_run))[2]
 
 
 def test_how_the_run_ended(empty_run: RunFolder) -> None:
-    assert verdict(read(empty_run))[3] == "No step of training was logged."
+    assert verdict(Run.of(empty_run))[3] == "No step of training was logged."
     empty_run.append_metrics(1, {"train/reward": 1.0})
-    assert verdict(read(empty_run))[3] == "The log ends after 1 step, without a note that training finished."
+    assert verdict(Run.of(empty_run))[3] == "The log ends after 1 step, without a note that training finished."
     empty_run.append_event("interrupted", step=1)
-    assert verdict(read(empty_run))[3] == "Training was interrupted after 1 step."
+    assert verdict(Run.of(empty_run))[3] == "Training was interrupted after 1 step."
     empty_run.resume_at(1)
     empty_run.resume_at(1)
     empty_run.append_metrics(2, {})
     empty_run.append_event("finished", step=2)
-    assert verdict(read(empty_run))[3] == "Training finished after 2 steps, resumed 2 times."
+    assert verdict(Run.of(empty_run))[3] == "Training finished after 2 steps, resumed 2 times."
 
 
 def test_what_is_missing_and_why(empty_run: RunFolder) -> None:
-    assert missing(read(empty_run)) == [
+    assert missing(Run.of(empty_run)) == [
         "Evaluation before training: none was recorded.",
         "Evaluation after training: training has not finished.",
         "Plots: no step of training was logged.",
@@ -177,10 +176,10 @@ def test_what_is_missing_and_why(empty_run: RunFolder) -> None:
     empty_run.append_event("signal_skipped", signal="drift/initial", reason="the start weights do not fit into memory")
     with (empty_run.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "tra')
-    found = missing(read(empty_run))
+    found = missing(Run.of(empty_run))
     assert (
         "Plot of the KL of the policy to its references over the steps: the start weights do not fit into memory."
         in found
     )
     assert "metrics.jsonl: 1 line could not be read (torn by a kill or a full disk) and skipped." in found
-    assert verdict(read(empty_run))[1] == "Drift is not known: the start weights do not fit into memory."
+    assert verdict(Run.of(empty_run))[1] == "Drift is not known: the start weights do not fit into memory."
