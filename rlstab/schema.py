@@ -316,6 +316,150 @@ _TRAINING = (
     Signal("sampling/importance_sampling_ratio/max", "largest importance ratio of the host", reduction="max"),
 )
 
+_STEP = (
+    Signal(
+        "step/loss",
+        "loss of the step as it was differentiated, not finite included, before the host hides what is not",
+        formula="Σ_micro-batches loss",
+        unit="loss",
+        reduction="mean",
+    ),
+    Signal(
+        "step/bad_gradients",
+        "tensors of the gradient that hold a number that is not finite",
+        unit="tensors",
+        direction="lower",
+        reduction="max",
+        cadence="at steps whose loss or gradient norm is not finite",
+    ),
+    Signal(
+        "rollout/unique",
+        "share of the completions of a generation that no other one equals",
+        formula="distinct completions / completions",
+        unit="fraction",
+        direction="higher",
+        cadence="every generation",
+    ),
+    Signal(
+        "optimizer/rms_update",
+        "size of Adam's update per unit of learning rate; 0.23 for independent gradients, 1 for equal ones (β₁ = 0.9)",
+        formula="√mean(u²), u = m̂ / (√v̂ + ε), at sampled elements",
+        direction="none",
+        cadence="every 10 steps",
+        cost="a pass over ≤ 65 536 elements of the optimizer's moments",
+    ),
+    Signal(
+        "optimizer/below_eps",
+        "share of the elements whose update Adam's ε shrinks",
+        formula="mean[√v̂ < 10 ε], at sampled elements",
+        unit="fraction",
+        direction="lower",
+        cadence="every 10 steps",
+        cost="with optimizer/rms_update",
+    ),
+    Signal(
+        "optimizer/bimodality",
+        "how far Adam's updates stand in two heaps at ±1; 1/3 for a normal distribution, alarm above 5/9",
+        formula="(skewness² + 1) / kurtosis of u, at sampled elements",
+        direction="lower",
+        cadence="every 10 steps",
+        cost="with optimizer/rms_update",
+    ),
+    Signal(
+        "optimizer/cosine",
+        "agreement of Adam's update with the gradient of the step",
+        formula="cos(u, g), at sampled elements",
+        direction="higher",
+        cadence="every 10 steps",
+        cost="with optimizer/rms_update",
+    ),
+)
+
+_FORWARD_HOOK = "on the watched forward every 10 steps"
+
+_MODEL = (
+    Signal(
+        "attention/entropy",
+        "how widely attention spreads, mean over sampled layers, heads and rows; 1 is uniform",
+        formula="mean −Σ_j A_ij log A_ij / log(visible keys)",
+        unit="fraction",
+        cadence=_FORWARD_HOOK,
+        cost="logits of ≤ 16 rows and ≤ 2 heads per layer",
+    ),
+    Signal(
+        "attention/entropy_min",
+        "the same for the head with the narrowest attention",
+        formula="min over layers and heads of the mean over rows",
+        unit="fraction",
+        direction="higher",
+        reduction="min",
+        cadence=_FORWARD_HOOK,
+        cost="with attention/entropy",
+    ),
+    Signal(
+        "attention/logit_max",
+        "largest attention logit at sampled heads and rows",
+        formula="max scaling · ⟨q_i, k_j⟩ over visible keys",
+        direction="lower",
+        reduction="max",
+        cadence=_FORWARD_HOOK,
+        cost="with attention/entropy",
+    ),
+    Signal(
+        "activation/kurtosis",
+        "how far single channels stand out of the residual stream; 3 for a normal distribution",
+        formula="mean_tokens mean_j x_j⁴ / (mean_j x_j²)², largest over layers",
+        direction="lower",
+        reduction="max",
+        cadence=_FORWARD_HOOK,
+        cost="one pass over the sampled layers' activations at ≤ 64 positions",
+    ),
+    Signal(
+        "activation/rms",
+        "size of the residual stream, largest over layers",
+        formula="√mean x²",
+        direction="none",
+        reduction="max",
+        cadence=_FORWARD_HOOK,
+        cost="with activation/kurtosis",
+    ),
+    Signal(
+        "activation/massive",
+        "largest activation in units of the median size of its layer; massive activations reach 10³",
+        formula="max |x| / median |x|, largest over layers",
+        direction="lower",
+        reduction="max",
+        cadence=_FORWARD_HOOK,
+        cost="with activation/kurtosis",
+    ),
+    Signal(
+        "spectral/one_sided",
+        "share of the sampled layers whose inputs have come to lie on one side of their leading singular vector",
+        formula="share of layers with max(p₊, 1 − p₊) > 0.95 and 0.2 above its start, p₊ = share of cos(h, v₁) > 0",
+        unit="fraction",
+        direction="lower",
+        cadence=_FORWARD_HOOK,
+        cost="two products of a weight with a vector per layer",
+    ),
+    Signal(
+        "spectral/sign_collapse",
+        "how one-sided the inputs of linear layers are along their leading singular vector, mean over sampled layers",
+        formula="mean max(p₊, 1 − p₊)",
+        unit="fraction",
+        direction="lower",
+        cadence=_FORWARD_HOOK,
+        cost="with spectral/one_sided",
+    ),
+    Signal(
+        "spectral/alignment",
+        "mean alignment of inputs with the leading singular vector of their weight, mean over sampled layers",
+        formula="mean |mean cos(h, v₁)|",
+        direction="lower",
+        cadence=_FORWARD_HOOK,
+        cost="with spectral/one_sided",
+    ),
+)
+
 _EVALUATIONS = "at evaluations"
 _EVALUATION_COST = "sampling on the held-out prompts"
 
@@ -373,7 +517,16 @@ _EVALUATION = (
     ),
 )
 
-SIGNALS: tuple[Signal, ...] = (*_MISMATCH, *_POLICY, *_DRIFT, *_OBJECTIVE, *_TRAINING, *_EVALUATION)
+SIGNALS: tuple[Signal, ...] = (
+    *_MISMATCH,
+    *_POLICY,
+    *_DRIFT,
+    *_OBJECTIVE,
+    *_TRAINING,
+    *_STEP,
+    *_MODEL,
+    *_EVALUATION,
+)
 """All signals; where two patterns fit a key, the earlier one is meant."""
 
 _NAMED = re.compile(r"<(\w+)>")

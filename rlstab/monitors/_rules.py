@@ -1,0 +1,163 @@
+"""Rules: which detector looks at which signal, how bad it is, and what is done. Rules are data."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from rlstab.monitors._actions import Action, Note, RollBack, SkipStep
+from rlstab.monitors._checks import check
+from rlstab.monitors._detectors import Detector, Level, NonFinite
+from rlstab.monitors._relative import Drift, Spike
+from rlstab.schema import signal
+
+Severity = Literal["note", "warning", "critical"]
+"""How bad an alarm is: worth knowing, worth looking, worth acting."""
+
+SEVERITIES: tuple[Severity, ...] = ("note", "warning", "critical")
+
+
+class Cause(NamedTuple):
+    """What alarms of one cause mean.
+
+    Args:
+        title: the cause in a few words.
+        remedy: what to change.
+    """
+
+    title: str
+    remedy: str
+
+
+CAUSES: dict[str, Cause] = {
+    "numerics": Cause(
+        "a number that is not finite", "lower the learning rate, look at the module named; bf16 instead of fp16"
+    ),
+    "mismatch": Cause(
+        "trainer and sampler have come apart",
+        "sync the sampler's weights more often, give it the trainer's dtype, or weigh by TruncatedIS(max=2.0)",
+    ),
+    "optimisation": Cause("the gradient leaves its usual size", "lower the learning rate or max_grad_norm"),
+    "exploration": Cause(
+        "the policy's entropy leaves its usual range", "add an entropy target or KLCov, or raise the upper clip"
+    ),
+    "saturation": Cause("most groups teach nothing", "use harder prompts, or filter those that are always solved"),
+    "reward": Cause("the reward falls", "go back to a checkpoint before the fall and lower the learning rate"),
+    "length": Cause(
+        "the completions change their length", "look at completions that are cut; bound or penalise length"
+    ),
+    "representation": Cause(
+        "activations or attention degenerate", "lower the learning rate; add a z-loss, or normalise queries and keys"
+    ),
+}
+"""The causes of the default rules, by name; a rule may name one of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One signal under one detector.
+
+    Args:
+        signal: key of the signal (`rlstab.schema` lists them).
+        detector: when it is out of order.
+        severity: "note", "warning" or "critical".
+        action: what is done, beside the alarm.
+        cause: alarms of one cause are one alarm; default: the first segment of the signal's key.
+        agreement: families of signals (first segments of keys) of this cause that must be raised before the action is
+            taken; the alarm does not wait for it.
+
+    Raises:
+        SchemaError: the signal is not in the schema.
+        ConfigError: a field is out of its range.
+
+    >>> Rule(signal="mismatch/k3", detector=Level(above=0.5)).cause
+    'mismatch'
+    """
+
+    signal: str
+    detector: Detector
+    severity: Severity = "warning"
+    action: Action = Note()  # noqa: RUF009  # frozen
+    cause: str = ""
+    agreement: int = 1
+
+    def __post_init__(self) -> None:
+        signal(self.signal)
+        check(self.severity in SEVERITIES, "Rule.severity", f"one of {SEVERITIES}", self.severity)
+        check(
+            isinstance(self.detector, Detector), "Rule.detector", "a detector such as Level(above=0.5)", self.detector
+        )
+        check(isinstance(self.action, Action), "Rule.action", "an action such as Note()", self.action)
+        check(self.agreement >= 1, "Rule.agreement", "at least 1", self.agreement)
+        if not self.cause:
+            object.__setattr__(self, "cause", self.family)
+
+    @property
+    def family(self) -> str:
+        """First segment of the signal's key: signals of one family share their noise."""
+        return self.signal.partition("/")[0]
+
+    @property
+    def title(self) -> str:
+        """The cause in words."""
+        return CAUSES[self.cause].title if self.cause in CAUSES else self.cause
+
+
+def default_rules(*, act: bool = False) -> tuple[Rule, ...]:
+    """The rules of a run about which nothing is known.
+
+    Args:
+        act: skip steps that are not finite or far out, and go back where a collapse has begun; else every rule notes.
+
+    Returns:
+        Rules by rising severity within each cause.
+
+    >>> {rule.action for rule in default_rules()}
+    {Note()}
+    """
+    skip: Action = SkipStep() if act else Note()
+    back: Action = RollBack() if act else Note()
+    return (*_of_numbers(skip), *_of_mismatch(back), *_of_policy(back), *_of_completions(), *_of_model())
+
+
+def _of_numbers(skip: Action) -> Sequence[Rule]:
+    norm = Spike(scale="log", floor=1e-8, least_spread=0.1)
+    return (
+        Rule(signal="step/loss", detector=NonFinite(), severity="critical", action=skip, cause="numerics"),
+        Rule(signal="train/grad_norm", detector=NonFinite(), severity="critical", action=skip, cause="numerics"),
+        Rule(signal="train/grad_norm", detector=norm, action=skip, cause="optimisation"),
+    )
+
+
+def _of_mismatch(back: Action) -> Sequence[Rule]:
+    return (
+        Rule(signal="mismatch/k3", detector=Level(above=0.2, clear=0.1, growth=3.0)),
+        Rule(signal="mismatch/k3", detector=Level(above=0.5, clear=0.3, growth=3.0), severity="critical", action=back),
+        Rule(signal="mismatch/f2", detector=Level(above=0.1, clear=0.05, growth=3.0)),
+    )
+
+
+def _of_policy(back: Action) -> Sequence[Rule]:
+    falling = Drift(side="low", renew=True, least_spread=0.02)
+    return (
+        Rule(signal="policy/entropy", detector=Level(below=0.05, clear=0.08, growth=5.0, steps=5), cause="exploration"),
+        Rule(signal="policy/entropy", detector=Level(above=0.5, growth=2.0, steps=5), cause="exploration"),
+        Rule(signal="train/frac_reward_zero_std", detector=Level(above=0.8, clear=0.7, steps=10), cause="saturation"),
+        Rule(signal="train/reward", detector=falling, severity="critical", action=back, cause="reward"),
+    )
+
+
+def _of_completions() -> Sequence[Rule]:
+    detectors = [Drift(side=side, scale="log", floor=1.0, renew=True, least_spread=0.05) for side in ("high", "low")]
+    cut = Level(above=0.5, clear=0.4, growth=2.0, steps=5)
+    return (
+        *(Rule(signal="completions/mean_length", detector=detector, cause="length") for detector in detectors),
+        Rule(signal="completions/clipped_ratio", detector=cut, cause="length"),
+    )
+
+
+def _of_model() -> Sequence[Rule]:
+    return (
+        Rule(signal="attention/entropy_min", detector=Level(below=0.05, growth=3.0), cause="representation"),
+        Rule(signal="attention/logit_max", detector=Level(above=1e3, growth=3.0), cause="representation"),
+        Rule(signal="spectral/one_sided", detector=Level(above=0.2, clear=0.1), cause="representation"),
+    )
