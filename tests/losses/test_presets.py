@@ -6,7 +6,7 @@ import pytest
 import torch
 from loss_vectors import check_vector, double, vector_batch, vectors
 
-from rlstab.batch import Count, LogProbs, TokenBatch
+from rlstab.batch import Column, Count, LogProbs, TokenBatch
 from rlstab.errors import CompositionError, ConfigError
 from rlstab.losses import (
     CISPO,
@@ -15,6 +15,7 @@ from rlstab.losses import (
     VESPO,
     AStarPO,
     ClippedSurrogate,
+    EntropyFilter,
     EntropyTarget,
     GeometricRatio,
     GroupCenter,
@@ -49,6 +50,7 @@ NAMES = sorted(set(presets.__all__) - {"from_config"})
         ("sapo", presets.sapo()),
         ("vespo", presets.vespo()),
         ("stable_reinforce_preclip", presets.stable_reinforce()),
+        ("dual_clip_ppo", presets.intellect2(high=0.28, cap=3.0)),
     ],
 )
 def test_vectors(method: str, objective: Objective) -> None:
@@ -61,31 +63,34 @@ def test_every_preset_is_documented_and_has_an_advantage(name: str) -> None:
     preset = vars(presets)[name]
     assert "https://" in preset.__doc__
     objective = preset()
-    assert "policy" in objective.terms
-    assert (objective.advantage is None) == isinstance(objective.terms["policy"], AStarPO)
+    imitates = {term.rows for term in objective.terms.values()} == {"demonstration"}
+    without = imitates or isinstance(objective.terms["policy"], AStarPO)
+    assert (objective.advantage is None) == without
 
 
 def test_means_of_the_presets() -> None:
-    units = {name: vars(presets)[name]().terms["policy"].mean for name in NAMES}
+    made = {name: vars(presets)[name]() for name in NAMES}
+    units = {name: next(iter(objective.terms.values())).mean for name, objective in made.items()}
     sequence, token = Mean(unit="sequence"), Mean(unit="token")
-    assert units == {
+    assert {name: mean for name, mean in units.items() if mean != token} == {
         "a_star_po": sequence,
         "bnpo": Mean(unit="token", over="micro_batch"),
-        "cispo": token,
-        "dapo": token,
         "dr_grpo": Mean(unit=3000),
         "gmpo": sequence,
-        "gpg": token,
         "grpo": sequence,
+        "grpo_d": sequence,
         "gspo": sequence,
+        "gtpo": sequence,
         "icepop": sequence,
+        "luffy": Mean(unit=8192),
         "luspo": Mean(unit=1),
-        "reinforce_pp": token,
         "rloo": Mean(unit=1),
         "sapo": sequence,
         "stable_reinforce": sequence,
-        "vespo": token,
+        "trapo": Mean(unit=8192),
+        "uft": sequence,
     }
+    assert {"cispo", "dapo", "gpg", "reinforce_pp", "rpg", "vespo"} <= {n for n, mean in units.items() if mean == token}
 
 
 def test_rloo_follows_the_log_prob_of_the_sequence() -> None:
@@ -112,6 +117,23 @@ def test_stable_reinforce_filters_whitened_returns() -> None:
     found = advantage.compute(TokenBatch(mask=torch.ones(50, 1), rewards=rewards))
     assert found[0] == 0
     assert (found[1:] < 0).all()
+
+
+def test_bypass_clips_against_the_sampler_and_reads_no_old_policy() -> None:
+    objective = presets.bypass()
+    assert objective.requires == {LogProbs("policy"), LogProbs("sampler"), Column("advantages")}
+    logps = {"policy": double([[-1.0, -1.0]]).requires_grad_(), "sampler": double([[-1.5, -0.9]])}
+    batch = TokenBatch(mask=torch.ones(1, 2), advantages=double([1.0]), logps=logps)
+    loss = objective(batch).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(-(1.2 + math.exp(-0.1)) / 2)
+    torch.testing.assert_close(logps["policy"].grad, double([[0.0, -math.exp(-0.1) / 2]]))
+
+
+def test_the_entropy_filter_of_gtpo_is_left_out_where_it_would_train_on_nothing() -> None:
+    assert presets.gtpo(start_entropy=math.log(2) - 0.01).advantage == presets.gtpo().advantage
+    assert presets.gtpo(start_entropy=math.log(2)).advantage == GroupCenter()
+    assert presets.gtpo(start_entropy=0.8, threshold=0.9).advantage == EntropyFilter(threshold=0.9)
 
 
 # --- the advantage of an objective -----------------------------------------------------------------
