@@ -71,8 +71,8 @@ class Recorder(TrainerCallback):
         rewards = {name: list(values)[start:] for name, values in logs["rewards"].items()}
         rows = [
             {
-                "prompt": prompts[i],
-                "completion": completions[i],
+                "prompt": _written(prompts[i]),
+                "completion": _written(completions[i]),
                 "advantage": advantages[i],
                 "rewards": {name: values[i] for name, values in rewards.items()},
             }
@@ -136,3 +136,12 @@ class Recorder(TrainerCallback):
             if isinstance(callback, RowListener):
                 callback.on_row(state.global_step, row)
         self._row = {}
+
+
+def _written(message: Any) -> Any:
+    """A prompt or completion with its images, or whatever else has no text, named only."""
+    if isinstance(message, Mapping):
+        return {key: _written(value) for key, value in message.items()}
+    if isinstance(message, list | tuple):
+        return [_written(value) for value in message]
+    return message if isinstance(message, str | int | float | None) else f"<{type(message).__name__}>"

@@ -33,7 +33,7 @@ from rlstab.trainers._exact_pass import Statistics, Streaming, completion_labels
 
 VOCABULARY, WIDTH = 23, 16
 PROMPT, COMPLETION = 4, 6
-SIZE = {
+SIZE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": WIDTH,
     "intermediate_size": 24,
@@ -46,8 +46,8 @@ SIZE = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-GPT2 = {"vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": 1, "n_head": 2, "n_positions": 32}
-END = {"bos_token_id": 1, "eos_token_id": 2}
+GPT2: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": 1, "n_head": 2, "n_positions": 32}
+END: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
 FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "qwen3, tied": lambda: Qwen3Config(**SIZE, tie_word_embeddings=True),
     "qwen3, untied": lambda: Qwen3Config(**SIZE, tie_word_embeddings=False),
@@ -141,7 +141,7 @@ def gradients(model: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
         tokens = torch.linspace(0.5, 1.5, values[name].numel()).reshape(values[name].shape)
         total = total + weight * (tokens * values[name]).sum()
     model.zero_grad()
-    total.backward()  # type: ignore[no-untyped-call]
+    total.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -151,9 +151,7 @@ def assert_agree(policy: Any, reference: Any, call: dict[str, Any], inputs: dict
     ours = streamed(policy, reference, call, completion_labels(inputs, scored))
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
-        torch.testing.assert_close(
-            ours[name], value, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-11, msg=name)
     expected, found = gradients(originals[0], theirs), gradients(policy, ours)
     assert found.keys() == expected.keys()
     norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
@@ -200,7 +198,12 @@ def qwen2_vl() -> Any:
     text["rope_parameters"]["rope_theta"] = 10000.0
     vision = {"depth": 1, "embed_dim": 16, "hidden_size": WIDTH, "num_heads": 2, "mlp_ratio": 2}
     vision |= {"patch_size": 2, "spatial_merge_size": 2, "temporal_patch_size": 1}
-    special = {"image_token_id": 19, "video_token_id": 20, "vision_start_token_id": 21, "vision_end_token_id": 22}
+    special: dict[str, Any] = {
+        "image_token_id": 19,
+        "video_token_id": 20,
+        "vision_start_token_id": 21,
+        "vision_end_token_id": 22,
+    }
     return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **special))
 
 
