@@ -67,16 +67,19 @@ class Mismatch:
         self._rows.append(mismatch_rows(batch.logp("policy"), batch.logp("sampler"), batch.loss_mask))
         self._groups.append(batch.column("group"))
 
-    def collect(self) -> dict[str, float]:
-        """The signals of the step over all ranks; nothing where no sampler scored a token."""
+    def tensors(self) -> dict[str, Tensor]:
+        """The signals of the step over all ranks, still on the device; nothing where no sampler scored a token."""
         if not self._rows:
             return {}
         rows = self._accelerator.gather(torch.cat(self._rows))
         groups = self._accelerator.gather(torch.cat(self._groups))
         self._rows, self._groups = [], []
-        values = mismatch_values(rows, groups)
-        numbers = torch.stack(list(values.values())).tolist()
-        return {f"mismatch/{key}": number for key, number in zip(values, numbers, strict=True)}
+        return {f"mismatch/{key}": value for key, value in mismatch_values(rows, groups).items()}
+
+    def collect(self) -> dict[str, float]:
+        """The signals of the step over all ranks, as numbers."""
+        values = self.tensors()
+        return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True)) if values else {}
 
 
 class Drift:

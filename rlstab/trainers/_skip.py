@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from rlstab.losses import Objective
 
-__all__ = ["infinite_terms", "skip_update"]
+__all__ = ["drop_gradients", "infinite_terms", "skip_update"]
 
 logger = logging.getLogger("rlstab")
 
@@ -35,13 +36,21 @@ def skip_update(trainer: Any, terms: list[str]) -> None:
     if trainer.is_deepspeed_enabled:
         logger.warning("step %d: %s +inf, but DeepSpeed has made its update already", step, _are(terms))
         return
-    for parameter in trainer.model.parameters():
-        if parameter.grad is not None:
-            # A gradient scaler (fp16) wants to find something infinite, and then leaves the update out itself.
-            scaled = trainer.accelerator.scaler is not None
-            parameter.grad = torch.full_like(parameter.grad, torch.inf) if scaled else None
+    drop_gradients(trainer.model, scaled=trainer.accelerator.scaler is not None)
     trainer._recorder.event("step_skipped", terms=terms, reason="+inf")
     logger.warning("step %d: its update is left out, because %s +inf at some tokens", step, _are(terms))
+
+
+def drop_gradients(model: nn.Module, *, scaled: bool) -> None:
+    """Take away the gradients, so that the optimizer moves nothing.
+
+    Args:
+        model: what is trained.
+        scaled: there is a gradient scaler (fp16): it wants to find something infinite, and leaves the update out itself.
+    """
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad = torch.full_like(parameter.grad, torch.inf) if scaled else None
 
 
 def _are(terms: list[str]) -> str:
