@@ -15,6 +15,7 @@ from rlstab.losses import Controller, Objective, Part, presets
 from rlstab.recipes._faults import argument_kinds, find_fault
 from rlstab.recipes._recipe import Recipe
 from rlstab.recipes._tree import Tree, hint, load_tree, set_value
+from rlstab.tasks import Reward
 from rlstab.trainers import GRPOConfig
 
 __all__ = ["ReadRecipe", "read_recipe", "recipe_parser"]
@@ -62,7 +63,9 @@ def recipe_parser() -> ArgumentParser:
         >>> defaults.prompts, defaults.trainer.num_generations
         (4096, 8)
     """
-    set_parsing_settings(subclasses_enabled=[Part, Objective, Controller], instantiate_subclass_spec_in_any=False)
+    set_parsing_settings(
+        subclasses_enabled=[Part, Objective, Controller, Reward], instantiate_subclass_spec_in_any=False
+    )
     parser = ArgumentParser(
         prog="rlstab train RECIPE.yaml",
         usage="%(prog)s [--KEY.PATH VALUE ...] [--resume]",

@@ -10,7 +10,7 @@ from rlstab.losses import Advantage, Objective
 from rlstab.recipes._engines import EngineSource
 from rlstab.recipes._models import LoRA, ModelSource
 from rlstab.recipes._warmup import WarmUp
-from rlstab.tasks import EmbeddedTask, Task
+from rlstab.tasks import Correct, EmbeddedTask, Reward, Task, reward_functions
 from rlstab.trainers import Signals
 
 __all__ = ["HeldOut", "Recipe"]
@@ -60,7 +60,9 @@ class Recipe:
 
     Args:
         model: where the model comes from.
-        task: prompts and reward.
+        task: prompts, and the reward that says whether a completion is right.
+        rewards: what training rewards, by name, each part logged on its own; None for the task's reward alone.
+            Evaluation always asks the task.
         objective: what is minimised; None leaves the loss to the trainer's own arguments (`loss_type`, `beta`, ...).
         advantage: how rewards become advantages; None leaves it to the trainer's own arguments.
         engine: what samples the completions, with the log-prob of every token; None leaves it to the host (`use_vllm`).
@@ -85,6 +87,7 @@ class Recipe:
 
     model: ModelSource
     task: Task
+    rewards: Mapping[str, Reward] | None = None
     objective: Objective | None = None
     advantage: Advantage | None = None
     engine: EngineSource | None = None
@@ -104,7 +107,15 @@ class Recipe:
                 f"warmup: {type(self.task).__name__} has no demonstrations to warm up on, embedded tasks do; "
                 "set warmup: null"
             )
+        if self.rewards is not None and self.trainer.get("reward_weights") is not None:
+            raise RecipeError("trainer.reward_weights: not beside rewards; set the `weight` of each part instead")
+        reward_functions(self.named_rewards, self.task)
         if self.prompts < 1:
             raise RecipeError(f"prompts: expected at least 1, got {self.prompts}")
         if self.threads is not None and self.threads < 1:
             raise RecipeError(f"threads: expected at least 1, or null, got {self.threads}")
+
+    @property
+    def named_rewards(self) -> Mapping[str, Reward]:
+        """The parts of the reward by the names under which they are logged."""
+        return {"reward": Correct()} if self.rewards is None else self.rewards

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from rlstab.recipes._tree import changed_keys
 from rlstab.recipes._warmup import WarmUp, warm_up
 from rlstab.record import RunFolder
 from rlstab.report import print_summary, write_plots, write_report
-from rlstab.tasks import EmbeddedTask
+from rlstab.tasks import EmbeddedTask, Reward, reward_functions
 from rlstab.trainers import (
     GracefulStop,
     GRPOConfig,
@@ -79,6 +79,12 @@ def run_recipe(read: ReadRecipe, *, resume: bool = False, console: Console | Non
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     args = _trainer_arguments(recipe, output)
+    check_groups(
+        recipe.named_rewards,
+        rows=args.per_device_train_batch_size * args.steps_per_generation,
+        group=args.num_generations,
+        processes=args.world_size,
+    )
     check_composition(
         recipe.objective,
         recipe.advantage,
@@ -96,6 +102,27 @@ def run_recipe(read: ReadRecipe, *, resume: bool = False, console: Console | Non
     run.folder.append_event("interrupted" if interrupted else "finished")
     _conclude(run.folder, interrupted, console)
     return Outcome(folder=run.folder, interrupted=interrupted)
+
+
+def check_groups(rewards: Mapping[str, Reward], *, rows: int, group: int, processes: int) -> None:
+    """Refuse parts that compare the completions of a prompt where these may be spread over processes.
+
+    Args:
+        rewards: the parts by name.
+        rows: completions that one process scores at a time.
+        group: completions of one prompt.
+        processes: number of processes.
+
+    Raises:
+        ConfigError: if a process has only some of a prompt's completions, and a part needs all.
+    """
+    comparing = [name for name, part in rewards.items() if not part.separable]
+    if comparing and processes > 1 and rows % group:
+        raise ConfigError(
+            f"rewards.{comparing[0]} compares the {group} completions of a prompt, but each of {processes} processes "
+            f"has {rows} rows of a generation; make trainer.per_device_train_batch_size * "
+            "trainer.steps_per_generation a multiple of trainer.num_generations"
+        )
 
 
 def _open_folder(read: ReadRecipe, resume: bool, console: Console) -> RunFolder:
@@ -117,8 +144,11 @@ def _open_folder(read: ReadRecipe, resume: bool, console: Console) -> RunFolder:
 
 
 def _trainer_arguments(recipe: Recipe, output: Path) -> GRPOConfig:
+    arguments = dict(recipe.trainer)
+    if recipe.rewards is not None:
+        arguments["reward_weights"] = [part.weight for part in recipe.rewards.values()]
     with _host_errors():
-        return GRPOConfig(**recipe.trainer, output_dir=str(output / "checkpoints"), seed=recipe.seed, disable_tqdm=True)
+        return GRPOConfig(**arguments, output_dir=str(output / "checkpoints"), seed=recipe.seed, disable_tqdm=True)
 
 
 def _conclude(folder: RunFolder, interrupted: bool, console: Console) -> None:
@@ -189,7 +219,7 @@ class _Run:
         with _host_errors():
             trainer = StableGRPOTrainer(
                 model,
-                recipe.task.reward,
+                reward_functions(recipe.named_rewards, recipe.task),
                 self.args,
                 objective=recipe.objective,
                 advantage=recipe.advantage,

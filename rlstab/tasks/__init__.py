@@ -1,21 +1,47 @@
 """Tasks: prompts and verifiable rewards with TRL's reward-function signature; the embedded ones need no download."""
 
+from rlstab.tasks._combined import Gated, Product, Refined, Stage, Stepped
 from rlstab.tasks._countdown import Countdown
+from rlstab.tasks._difficulty_rewards import DifficultyTag, EasyLength
+from rlstab.tasks._format_rewards import Accuracy, MatchesPattern, TagFormat
 from rlstab.tasks._hub import HubTask
+from rlstab.tasks._length_rewards import CosineLength, LengthUnit, OverlongPenalty, RelativeLength
+from rlstab.tasks._reward import Correct, Reward, RewardBatch, RewardFunction, SampleReward, reward_functions
 from rlstab.tasks._scorers import ExactAnswer, MathAnswer, Scorer
 from rlstab.tasks._sort_digits import SortDigits
-from rlstab.tasks._task import EmbeddedTask, Problem, Split, Task, split_of
+from rlstab.tasks._task import EmbeddedTask, Messages, Problem, Split, Task, split_of
 
 __all__ = [
+    "Accuracy",
+    "Correct",
+    "CosineLength",
     "Countdown",
+    "DifficultyTag",
+    "EasyLength",
     "EmbeddedTask",
     "ExactAnswer",
+    "Gated",
     "HubTask",
+    "LengthUnit",
+    "MatchesPattern",
     "MathAnswer",
+    "Messages",
+    "OverlongPenalty",
     "Problem",
+    "Product",
+    "Refined",
+    "RelativeLength",
+    "Reward",
+    "RewardBatch",
+    "RewardFunction",
+    "SampleReward",
     "Scorer",
     "SortDigits",
     "Split",
+    "Stage",
+    "Stepped",
+    "TagFormat",
     "Task",
+    "reward_functions",
     "split_of",
 ]

@@ -1,6 +1,7 @@
 """How a completion is compared with the answer of a dataset's row."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -31,6 +32,10 @@ class Scorer(ABC):
         Returns:
             A finite number, 1 for a right completion, or None if it cannot be judged.
         """
+
+    def scores(self, completions: Sequence[str], answers: Sequence[str]) -> list[float | None]:
+        """The rewards of many completions, each with its own right answer."""
+        return [self.score(completion, answer) for completion, answer in zip(completions, answers, strict=True)]
 
 
 @final

@@ -12,12 +12,13 @@ from datasets import Dataset
 
 from rlstab.errors import ConfigError, RewardError
 
-__all__ = ["EmbeddedTask", "Problem", "Split", "Task", "split_of"]
+__all__ = ["EmbeddedTask", "Messages", "Problem", "Split", "Task", "split_of", "text_of"]
 
 Split = Literal["train", "test"]
 """The prompts that are trained on, or those that are held out."""
 
 Messages = Sequence[Mapping[str, Any]]
+"""A conversation: messages with `role` and `content`."""
 
 TEST_SHARE = 0.2
 DIGITS = "0123456789"
@@ -134,7 +135,7 @@ class Task(ABC):
     def _score(self, completion: str | Messages, row: Mapping[str, Any]) -> float | None:
         if any(value is None for value in row.values()):
             return None
-        text = completion if isinstance(completion, str) else self._last_message(completion)
+        text = text_of(completion, owner=f"task {self.name}")
         score = self.score(text, row)
         if score is None:
             return None
@@ -144,11 +145,23 @@ class Task(ABC):
             )
         return float(score)
 
-    def _last_message(self, completion: Messages) -> str:
-        content = completion[-1].get("content") if completion else None
-        if not isinstance(content, str):
-            raise RewardError(f"task {self.name}: completion {completion!r}; expected text or messages ending in text")
-        return content
+
+def text_of(completion: str | Messages, *, owner: str) -> str:
+    """The text of a completion: itself, or its last message's.
+
+    Args:
+        completion: plain text, or messages that end in one with text.
+        owner: who asks, for the error.
+
+    Raises:
+        RewardError: if there is no text.
+    """
+    if isinstance(completion, str):
+        return completion
+    content = completion[-1].get("content") if completion else None
+    if not isinstance(content, str):
+        raise RewardError(f"{owner}: completion {completion!r}; expected text or messages ending in text")
+    return content
 
 
 @dataclass(frozen=True, kw_only=True)
