@@ -20,6 +20,7 @@ from rlstab.losses import (
     JensenShannon,
     KLCov,
     Objective,
+    ReverseKL,
     TopEntropy,
     TruncatedIS,
 )
@@ -44,6 +45,7 @@ def every_phase() -> Objective:
         covariance=0.5 * KLCov(fraction=0.1),
         drift=0.1 * JensenShannon(reference="initial").mean("sequence"),
         pull=0.1 * KL(reference="initial").mean(8),
+        exact=0.1 * ReverseKL(reference="initial", form="exact"),
         advantage=GroupNorm(),
     )
 
