@@ -33,7 +33,7 @@ __all__ = [
 #: What a mean counts: the whole optimizer step, the generation batch, or the micro-batch at hand.
 Scope = Literal["step", "generation", "micro_batch"]
 #: The optional fields of a `TokenBatch` with one row per completion.
-COLUMNS = ("advantages", "rewards", "baseline", "group", "token_ids", "truncated")
+COLUMNS = ("advantages", "rewards", "baseline", "group", "token_ids", "truncated", "router_log_ratios")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class ExactDivergence(Requirement):
 class Column(Requirement):
     """A field of `TokenBatch` that is filled only on request: `batch.column(name)`."""
 
-    name: Literal["advantages", "rewards", "baseline", "group", "token_ids", "truncated"]
+    name: Literal["advantages", "rewards", "baseline", "group", "token_ids", "truncated", "router_log_ratios"]
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,8 @@ class TokenBatch:
         group: id of the prompt a row answers.
         token_ids: the tokens.
         truncated: rows that were cut at the length limit.
+        router_log_ratios: for a mixture of experts, how the policy's routers have moved since `old`: new minus old
+            log-prob, in nats, of the experts that `old` sent the token's prediction to. Detached; 0 where unknown.
         vocab: full-vocabulary statistics by name (entropy in nats), or by the key of an exact divergence.
         parts: tensors that rollout parts and step statistics left, by their `key`.
         counts: what means divide by, per scope. A missing scope means that the batch is the whole scope.
@@ -158,6 +160,7 @@ class TokenBatch:
     group: Int[Tensor, "B"] | None = None
     token_ids: Int[Tensor, "B T"] | None = None
     truncated: Bool[Tensor, "B"] | None = None
+    router_log_ratios: Float[Tensor, "B T L K"] | None = None
     vocab: Mapping[str, Float[Tensor, "B T"]] = field(default_factory=dict)
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     counts: Mapping[str, Count] = field(default_factory=dict)
@@ -177,6 +180,8 @@ class TokenBatch:
         clean: dict[str, object] = {"logps": logps, "vocab": {k: self._clean(v) for k, v in self.vocab.items()}}
         if self.advantages is not None and self.advantages.dim() == 2:
             clean["advantages"] = self._clean(self.advantages)
+        if self.router_log_ratios is not None:  # no gradient: what a router does must not be steered by a ratio
+            clean["router_log_ratios"] = self._clean(self.router_log_ratios.detach())
         clean["token_weight"] = self.loss_mask.view(torch.uint8).float()  # by way of bytes: much faster on a CPU
         for name, result in {**clean, "zeroed": True}.items():
             object.__setattr__(self, name, result)
@@ -184,7 +189,8 @@ class TokenBatch:
     def _clean(self, values: Tensor) -> Tensor:
         if values.dtype in (torch.float16, torch.bfloat16):
             values = values.float()
-        return values if self.zeroed else torch.where(self.loss_mask, values, 0.0)
+        mask = self.loss_mask[..., None, None] if values.dim() == 4 else self.loss_mask
+        return values if self.zeroed else torch.where(mask, values, 0.0)
 
     def _check_shapes(self) -> None:
         if self.mask.dim() != 2:
@@ -202,6 +208,11 @@ class TokenBatch:
                 raise ShapeError(f"{name}: expected one value per row {list(rows)}, got {list(value.shape)}")
         if self.advantages is not None and self.advantages.shape not in (rows, full):
             raise ShapeError(f"advantages: expected {list(rows)} or {list(full)}, got {list(self.advantages.shape)}")
+        routed = self.router_log_ratios
+        if routed is not None and (routed.dim() != 4 or routed.shape[:2] != full):
+            raise ShapeError(
+                f"router_log_ratios: expected [{full[0]}, {full[1]}, layers, experts], got {list(routed.shape)}"
+            )
 
     @property
     def shape(self) -> torch.Size:
@@ -283,7 +294,9 @@ class TokenBatch:
 
     def replace(self, **changes: object) -> TokenBatch:
         """A copy with some fields changed, and cleaned anew if that may be needed."""
-        unclean = any(name in changes for name in ("mask", "loss_mask", "logps", "vocab", "advantages"))
+        unclean = any(
+            name in changes for name in ("mask", "loss_mask", "logps", "vocab", "advantages", "router_log_ratios")
+        )
         return dataclasses.replace(self, **{"zeroed": not unclean, **changes})  # type: ignore[arg-type]
 
     def select(self, rows: slice | Tensor) -> TokenBatch:

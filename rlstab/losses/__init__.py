@@ -86,6 +86,7 @@ from rlstab.losses._rewards import (
     thinking_trust,
     trusted_rewards,
 )
+from rlstab.losses._router_shift import RouterShiftRatio, router_shift
 from rlstab.losses._rpg import RPG, rpg_penalty
 from rlstab.losses._sampler_weight import (
     GeometricRejection,
@@ -204,6 +205,7 @@ __all__ = [
     "ReverseChiSquared",
     "ReverseKL",
     "RolloutPart",
+    "RouterShiftRatio",
     "SamplerCorrection",
     "SamplerWeight",
     "ScoreWeight",
@@ -243,6 +245,7 @@ __all__ = [
     "optimal_value",
     "prepared_parts",
     "presets",
+    "router_shift",
     "rpg_penalty",
     "run_parts",
     "score_weight",

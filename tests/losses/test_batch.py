@@ -125,6 +125,7 @@ def test_missing_fields_say_how_to_get_them() -> None:
 def test_every_column_is_a_field() -> None:
     columns = {"advantages": torch.ones(2), "rewards": torch.ones(2), "baseline": torch.ones(2)}
     columns |= {"group": torch.arange(2), "truncated": torch.ones(2) > 0, "token_ids": torch.ones(2, 3).long()}
+    columns |= {"router_log_ratios": MASK[..., None, None] * torch.ones(2, 3, 4, 2)}
     assert set(get_args(get_type_hints(Column)["name"])) == set(columns)
     batch = TokenBatch(mask=MASK, **columns)  # type: ignore[arg-type]
     for name, value in columns.items():

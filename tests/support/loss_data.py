@@ -33,11 +33,12 @@ class Data:
             return torch.where(self.loss_mask, tensor, value)
 
         ids = torch.where(self.mask, self.columns["token_ids"], -(2**31))
+        routed = torch.where(self.loss_mask[..., None, None], self.columns["router_log_ratios"], value)
         return replace(
             self,
             logps={name: fill(tensor) for name, tensor in self.logps.items()},
             vocab={name: fill(tensor) for name, tensor in self.vocab.items()},
-            columns={**self.columns, "token_ids": ids},
+            columns={**self.columns, "token_ids": ids, "router_log_ratios": routed},
         )
 
     def leaves(self) -> dict[str, Tensor]:
@@ -65,6 +66,8 @@ def data_of(rows: int = 7, length: int = 6, *, seed: int = 0, dtype: torch.dtype
         "token_ids": torch.randint(0, 3, (rows, length), generator=generator),
         "truncated": torch.arange(rows) == 2,
     }
+    moved = torch.Generator().manual_seed(seed + 1)
+    columns["router_log_ratios"] = 0.2 * torch.randn(rows, length, 3, 2, generator=moved, dtype=torch.float64)
     columns = {name: value.to(dtype) if value.is_floating_point() else value for name, value in columns.items()}
     vocab = {
         name: 0.1 + torch.rand(rows, length, generator=generator, dtype=torch.float64)
