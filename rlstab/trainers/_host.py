@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from importlib.metadata import version as installed_version
 from typing import Any
 
@@ -80,12 +81,12 @@ SEAMS: dict[str, tuple[str, ...]] = {
 }
 
 
-def check_seams(trainer: type[Any]) -> None:
+def check_seams(trainer: type[Any], seams: Mapping[str, tuple[str, ...]] = SEAMS) -> None:
     """Raise `HostError` unless the host's trainer has every method that rlstab overrides, with its parameters.
 
     >>> check_seams(GRPOTrainer)
     """
-    for name, parameters in SEAMS.items():
+    for name, parameters in seams.items():
         method = inspect.getattr_static(trainer, name, None)
         if method is None:
             raise HostError(f"trl's {trainer.__name__} has no method {name!r}, which rlstab overrides")
