@@ -85,6 +85,7 @@ def test_means_of_the_presets() -> None:
         "luffy": Mean(unit=8192),
         "luspo": Mean(unit=1),
         "rloo": Mean(unit=1),
+        "rspo": sequence,
         "sapo": sequence,
         "stable_reinforce": sequence,
         "trapo": Mean(unit=8192),

@@ -1,7 +1,9 @@
 """Replay in ten families: own routes change nothing, foreign routes are executed, gradients are the model's own."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,9 @@ from transformers.models.deepseek_v3 import DeepseekV3Config
 
 from rlstab.routing import Routers, Routes
 
+VECTOR: dict[str, Any] = json.loads((Path(__file__).parents[1] / "vectors" / "moe_monitors_optim.json").read_text())[
+    "r3"
+]
 IDS = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 10, 11, 12], [13, 14, 3, 15, 3]])
 
 
@@ -167,3 +172,29 @@ def test_layers_are_counted_with_the_dense_ones() -> None:
     assert accepted.dtype == torch.uint8
     assert accepted[0].tolist() == [[5, 2], [1, 7]]
     assert torch.equal(routers.accept(every[:, 1:]), accepted)
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_gates_of_the_worked_example(normalised: bool) -> None:
+    """Both rules of normalisation, with their slopes in the router's logits."""
+    config = CONFIGS["qwen3_moe"]()
+    config.num_experts, config.num_hidden_layers, config.norm_topk_prob, config.hidden_size = 4, 1, normalised, 4
+    config.head_dim = 4
+    model = built(config)
+    name = Routers(model).routers[0].name
+    gate = model.get_submodule(name)
+    logits = torch.tensor([VECTOR["s_train"]], requires_grad=True)
+    routes = Routes(
+        experts=torch.tensor([[[VECTOR["replayed_topk"]]]], dtype=torch.uint8), valid=torch.ones(1, 1, dtype=torch.bool)
+    )
+    with torch.no_grad():
+        gate.get_parameter("weight").copy_(torch.eye(4))
+    rule = "renormalised" if normalised else "not_renormalised"
+    with Routers(model).replaying(routes):
+        _, values, experts = gate(logits)
+    found = torch.zeros(4).scatter(0, experts[0], values[0].detach())
+    key = next(key for key in VECTOR if key.startswith(f"g_{rule} "))
+    torch.testing.assert_close(found, torch.tensor(VECTOR[key]), rtol=0, atol=1e-6)
+    values[0, 0].backward()
+    slope = VECTOR[f"dg0_ds ({rule.replace('_', ' ')})"]
+    torch.testing.assert_close(logits.grad, torch.tensor([slope]), rtol=0, atol=1e-6)

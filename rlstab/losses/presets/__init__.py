@@ -23,6 +23,7 @@ from rlstab.losses.presets._policy import (
     icepop,
     intellect2,
     luspo,
+    rspo,
     sapo,
 )
 from rlstab.losses.presets._sampled import (
@@ -73,6 +74,7 @@ __all__ = [
     "reinforce_pp",
     "rloo",
     "rpg",
+    "rspo",
     "sapo",
     "sft",
     "stable_reinforce",

@@ -7,6 +7,7 @@ from rlstab.losses._clipped import CISPO, GMPO, SAPO, ClippedSurrogate
 from rlstab.losses._kl import KL
 from rlstab.losses._objective import Objective
 from rlstab.losses._ratio import GeometricRatio, TokenRatio
+from rlstab.losses._router_shift import RouterShiftRatio
 from rlstab.losses._sampler_weight import MaskedIS
 from rlstab.losses._trust_region import TotalVariationMask
 
@@ -151,6 +152,28 @@ def gmpo(*, low: float = 0.4, high: float = 0.4) -> Objective:
     Mean(unit='sequence', over='step')
     """
     return Objective(policy=GMPO(low=low, high=high), advantage=GroupNorm())
+
+
+def rspo(*, low: float = 0.4, high: float = 0.4, min: float = 0.8) -> Objective:
+    """RSPO: GMPO on ratios that shrink where the routers of a mixture of experts have moved since the old policy.
+
+    Follows version 2 of the paper, which rescales before it clips; version 1 clips first.
+
+    Args:
+        low: lower clip of the rescaled log-ratio.
+        high: upper clip of the rescaled log-ratio.
+        min: floor of the router-shift ratio.
+
+    Stabilises: mixtures of experts, whose ratios jump when an update sends a token to other experts.
+
+    Proof: vector `rspo` of the router-shift ratio.
+
+    Reference: Router-Shift Policy Optimization, https://arxiv.org/abs/2510.23027
+
+    >>> rspo().terms["policy"].ratio.min
+    0.8
+    """
+    return Objective(policy=GMPO(low=low, high=high, ratio=RouterShiftRatio(min=min)), advantage=GroupNorm())
 
 
 def cispo(*, max: float = 5.0) -> Objective:
