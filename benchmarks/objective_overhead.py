@@ -57,6 +57,7 @@ import rlstab
 from rlstab import losses
 from rlstab.models import tiny_causal_lm, tiny_tokenizer
 from rlstab.trainers import StableGRPOTrainer
+from rlstab.trainers._batches import zero_outside_loss
 
 SHAPES = ("8x64", "8x512", "32x512", "64x2048")
 PROMPT_LENGTH = 16
@@ -292,6 +293,7 @@ def batch_of(case: Case, rows: int, width: int, device: torch.device) -> tuple[d
         rho = (inputs["old_per_token_logps"] - inputs["sampling_per_token_logps"]).exp()
         inputs["importance_sampling_ratio"] = rho.clamp(max=3.0)  # the host's default bound
     entropy = (torch.rand(rows, width, generator=generator) * mask).to(device)
+    zero_outside_loss(inputs)  # as it is done where completions are generated
     return inputs, (logp.to(device).requires_grad_(), entropy.requires_grad_())
 
 

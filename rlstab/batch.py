@@ -135,6 +135,8 @@ class TokenBatch:
         counts: what means divide by, per scope. A missing scope means that the batch is the whole scope.
         rows: where the rows come from (`rollout`, `buffer`, `demonstration`): terms choose theirs by name.
         zeroed: says that everything is zero outside `loss_mask` as it comes, which spares the cleaning.
+        complete: sources known to have a log-prob for every token of the loss, none of them NaN or -inf, which spares
+            looking for tokens without.
 
     Raises:
         ShapeError: if a tensor does not have the shape of `mask` (or of its rows).
@@ -166,6 +168,7 @@ class TokenBatch:
     counts: Mapping[str, Count] = field(default_factory=dict)
     rows: str = "rollout"
     zeroed: bool = False
+    complete: frozenset[str] = frozenset()
     token_weight: Float[Tensor, "B T"] = field(init=False, repr=False)
     """`loss_mask` as numbers, 1.0 or 0.0: what losses and metrics are multiplied with."""
     _memory: dict[str, Tensor] = field(init=False, repr=False, default_factory=dict)
@@ -272,6 +275,11 @@ class TokenBatch:
         return self._memory[key]
 
     @property
+    def nothing(self) -> Float[Tensor, ""]:
+        """A count of 0."""
+        return self.once("nothing", lambda batch: batch.token_weight.new_zeros(()))
+
+    @property
     def row_tokens(self) -> Float[Tensor, "B"]:
         """How many tokens of the loss each row has."""
         return self.once("row_tokens", lambda batch: batch.token_weight.sum(-1))
@@ -293,11 +301,12 @@ class TokenBatch:
         return Count(tokens=self.tokens, sequences=float(self.mask.shape[0]))
 
     def replace(self, **changes: object) -> TokenBatch:
-        """A copy with some fields changed, and cleaned anew if that may be needed."""
+        """A copy with some fields changed, cleaned anew if that may be needed; new log-probs may be incomplete."""
         unclean = any(
             name in changes for name in ("mask", "loss_mask", "logps", "vocab", "advantages", "router_log_ratios")
         )
-        return dataclasses.replace(self, **{"zeroed": not unclean, **changes})  # type: ignore[arg-type]
+        known = {"zeroed": not unclean, "complete": frozenset() if unclean else self.complete}
+        return dataclasses.replace(self, **{**known, **changes})  # type: ignore[arg-type]
 
     def select(self, rows: slice | Tensor) -> TokenBatch:
         """The chosen rows; counts stay those of the whole."""
@@ -314,6 +323,7 @@ class TokenBatch:
             },
             counts=counts,
             zeroed=True,
+            complete=self.complete,
         )
 
     def split(self, sizes: Sequence[int]) -> list[TokenBatch]:

@@ -12,7 +12,7 @@ from rlstab.errors import ConfigError, ShapeError
 from rlstab.losses._checks import check_positive, check_range
 from rlstab.losses._mean import Mean, MeanField
 from rlstab.losses._metrics import Metric
-from rlstab.losses._ratio import masked_row_mean, ratio_of
+from rlstab.losses._ratio import TokenRatio, finite_logp, masked_row_mean, ratio_of
 from rlstab.losses._surrogate import RatioSurrogate, clip_metrics, clip_share, ratio_max
 
 
@@ -31,12 +31,30 @@ def clipped_surrogate(
     >>> clipped_surrogate(torch.tensor([[1.5, 0.5]]), torch.tensor([[1.0]]), low=0.2, high=0.28)
     tensor([[-1.2800, -0.5000]])
     """
-    cap = math.inf if cap is None else cap
-    largest = max(cap, 1 + high) if dual is None else dual
-    # The minimum bounds the ratio above where A > 0, below where A < 0; there the other bounds act on large ratios.
-    lower = torch.where(advantages < 0, 1 - low, torch.full_like(advantages, -math.inf))
-    upper = torch.where(advantages > 0, min(cap, 1 + high), torch.full_like(advantages, largest))
-    return ratio.clamp(lower, upper) * -advantages
+    return clip_loss(ratio * -advantages, advantages, low=low, high=high, dual=dual, cap=cap)
+
+
+def clip_loss(
+    loss: Float[Tensor, "B #T"],
+    advantages: Float[Tensor, "B #T"],
+    *,
+    low: float,
+    high: float,
+    dual: float | None,
+    cap: float | None,
+) -> Float[Tensor, "B #T"]:
+    r"""The clips of the ratio as bounds of $-r A$: PPO's minimum does not let it fall below $-A$ times its bound.
+
+    >>> clip_loss(torch.tensor([[-1.5, 0.5]]), torch.tensor([[1.0, -1.0]]), low=0.2, high=0.28, dual=None, cap=None)
+    tensor([[-1.2800,  0.8000]])
+    """
+    rising = advantages > 0
+    above = 1 + high if cap is None else min(cap, 1 + high)
+    loss = loss.clamp(min=torch.where(rising, advantages * -above, advantages * (low - 1)))
+    largest = dual if cap is None else max(cap, 1 + high)
+    if largest is None:
+        return loss
+    return loss.clamp(max=torch.where(rising, math.inf, advantages * -largest))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +121,9 @@ class ClippedSurrogate(RatioSurrogate):
     def surrogate(self, batch: TokenBatch) -> tuple[Float[Tensor, "B #T"], dict[str, Metric]]:
         """The clipped loss."""
         ratio, advantages = ratio_of(self.ratio.log_ratio(batch)), batch.token_advantages()
-        loss = clipped_surrogate(ratio, advantages, low=self.low, high=self.high, dual=self.dual, cap=self.cap)
-        metrics = clip_metrics(ratio, advantages, batch, low=1 - self.low, high=1 + self.high)
+        unclipped = ratio * -advantages
+        loss = clip_loss(unclipped, advantages, low=self.low, high=self.high, dual=self.dual, cap=self.cap)
+        metrics = clip_metrics(unclipped.detach() < loss.detach(), advantages, batch)
         metrics["ratio_max"] = ratio_max(ratio, batch)
         if self.dual is not None:
             metrics["clip_dual"] = clip_share((ratio.detach() > self.dual) & (advantages < 0), batch)
@@ -163,11 +182,16 @@ class CISPO(RatioSurrogate):
         """The policy, whose log-prob is the loss, and the denominator of the ratio."""
         return ("policy", self.ratio.against)
 
+    @property
+    def zero_without(self) -> tuple[str, ...]:
+        """The policy, without whose log-prob the ratio is 0 if nothing holds it above."""
+        return () if self.min or type(self.ratio) is not TokenRatio else ("policy",)
+
     def surrogate(self, batch: TokenBatch) -> tuple[Float[Tensor, "B T"], dict[str, Metric]]:
         """The weighted log-probs."""
         ratio = ratio_of(self.ratio.log_ratio(batch).detach())  # sg(r): a weight
         advantages = batch.token_advantages()
-        loss = ratio.clamp(self.min, self.max) * -advantages * batch.logp("policy")
+        loss = ratio.clamp(self.min, self.max) * -advantages * finite_logp(batch.logp("policy"))
         metrics: dict[str, Metric] = {"ratio_max": ratio_max(ratio, batch)}
         metrics["clip_high"] = clip_share((ratio > self.max) & (advantages > 0), batch)
         if self.min is not None:
@@ -303,5 +327,7 @@ class GMPO(RatioSurrogate):
         if advantages.shape[-1] != 1:
             raise ShapeError(f"GMPO: expected one advantage per row, got {list(advantages.shape)}")
         loss = gmpo_surrogate(log_ratio, advantages, batch.token_weight, low=self.low, high=self.high)
-        metrics = clip_metrics(log_ratio, advantages, batch, low=-self.low, high=self.high)
+        with torch.no_grad():
+            below, above = (log_ratio < -self.low) & (advantages < 0), (log_ratio > self.high) & (advantages > 0)
+        metrics = clip_metrics(below | above, advantages, batch)
         return loss, metrics | {"ratio_max": ratio_max(ratio_of(log_ratio.detach()), batch)}

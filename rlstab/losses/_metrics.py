@@ -9,6 +9,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from rlstab.batch import TokenBatch
+
 
 @dataclass(frozen=True)
 class Metric(ABC):
@@ -145,12 +147,12 @@ class Hist(Metric):
         return (self.counts[0] + self.counts[-1]) / self.counts.sum()
 
 
-def token_mean(values: Tensor, mask: Tensor) -> Sum:
+def token_mean(values: Tensor, mask: Tensor | TokenBatch) -> Sum:
     """The mean of `values` over the tokens where `mask` holds, as a metric.
 
     Args:
         values: a number per token, `[B, T]`, or one per row, `[B, 1]`, which is then averaged over all rows.
-        mask: the tokens, `[B, T]`, bool or 1 and 0.
+        mask: the tokens, `[B, T]`, bool or 1 and 0; or a batch, for the tokens of its loss.
 
     >>> import torch
     >>> mask = torch.tensor([[True, True], [True, False]])
@@ -158,9 +160,11 @@ def token_mean(values: Tensor, mask: Tensor) -> Sum:
     tensor(3.)
     """
     values = values.detach()
-    if values.shape == mask.shape:
-        return Sum((values * mask).sum(), mask.sum())
-    return Sum(values.sum(), torch.full_like(values[:, 0], 1.0).sum())
+    if values.shape != mask.shape:
+        return Sum(values.sum(), values.new_full((), values.shape[0]))
+    if isinstance(mask, TokenBatch):
+        return Sum((values * mask.token_weight).sum(), mask.tokens)
+    return Sum((values * mask).sum(), mask.sum())
 
 
 def masked_max(values: Tensor, mask: Tensor) -> Max:

@@ -12,7 +12,7 @@ from rlstab.errors import CompositionError
 from rlstab.losses._checks import check_part, check_positive, check_range
 from rlstab.losses._mean import Mean, MeanField
 from rlstab.losses._metrics import Metric, Sum, mask_like, token_mean
-from rlstab.losses._ratio import missing, ratio_of
+from rlstab.losses._ratio import leave_out, missing, ratio_of
 from rlstab.losses._sampler_weight import SamplerCorrection
 from rlstab.losses._surrogate import RatioSurrogate, Surrogate, ratio_max
 
@@ -41,11 +41,16 @@ class PolicyGradient(Surrogate):
     tensor([[2., 1.]])
     """
 
+    @property
+    def zero_without(self) -> tuple[str, ...]:
+        """The policy."""
+        return ("policy",)
+
     def surrogate(self, batch: TokenBatch) -> tuple[Float[Tensor, "B T"], dict[str, Metric]]:
         """The log-probs, weighted with the advantages."""
-        impossible = missing(batch, "policy")
-        logp = torch.where(impossible, 0.0, batch.logp("policy"))
-        return -batch.token_advantages() * logp, {"logp": token_mean(logp, batch.loss_mask & ~impossible)}
+        logp = leave_out(batch.logp("policy"), batch, "policy")
+        known = batch.loss_mask & ~missing(batch, "policy")
+        return -batch.token_advantages() * logp, {"logp": Sum((logp.detach() * known).sum(), known.count_nonzero())}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +100,9 @@ def vespo_weight(
     tensor([[1.]])
     """
     log_weight = log_weight.clamp(*_LOG_WEIGHT_RANGE)
-    k = torch.where(advantages >= 0, k_pos, torch.full_like(advantages, k_neg))
-    rate = torch.where(advantages >= 0, lambda_pos, torch.full_like(advantages, lambda_neg))
+    falling = (advantages < 0).to(advantages.dtype)
+    k = k_pos + (k_neg - k_pos) * falling
+    rate = lambda_pos + (lambda_neg - lambda_pos) * falling
     return (rate + k * log_weight - rate * log_weight.exp()).exp()
 
 
@@ -159,6 +165,11 @@ class VESPO(RatioSurrogate):
         """The policy, whose log-prob is the loss, and the denominator of the ratio."""
         return ("policy", self.ratio.against)
 
+    @property
+    def zero_without(self) -> tuple[str, ...]:
+        """The policy."""
+        return ("policy",)
+
     def _corrections(self) -> list[str]:
         return super()._corrections() + ([] if self.correction is None else [type(self.correction).__name__])
 
@@ -185,8 +196,8 @@ class VESPO(RatioSurrogate):
             k_neg=self.k_neg,
             lambda_neg=self.lambda_neg,
         )
-        loss = phi * -advantages * batch.logp("policy")
-        metrics["phi"] = token_mean(phi, batch.token_weight)
+        loss = phi * -advantages * leave_out(batch.logp("policy"), batch, "policy")
+        metrics["phi"] = token_mean(phi, batch)
         metrics["ratio_max"] = ratio_max(ratio_of(log_weight), batch)
         return loss if self.correction is None else self.correction.drop_unscored(loss, batch), metrics
 

@@ -63,12 +63,26 @@ def missing(batch: TokenBatch, source: str) -> Bool[Tensor, "B T"]:
     >>> missing(batch, "sampler")
     tensor([[False,  True,  True]])
     """
+    if source == "old" and source not in batch.logps:
+        source = "policy"
+    return batch.once(f"missing from {source}", lambda batch: _missing(batch, source))
 
-    def find(batch: TokenBatch) -> Tensor:  # no shape: an annotation in here is made anew at each call
-        logp = batch.logp(source).detach()
-        return ~(logp > -torch.inf) if source == "sampler" else logp.isneginf()
 
-    return batch.once(f"missing from {source}", find)
+def _missing(batch: TokenBatch, source: str) -> Bool[Tensor, "B T"]:
+    if source in batch.complete:
+        return torch.zeros_like(batch.loss_mask)
+    logp = batch.logp(source).detach()
+    return ~(logp > -torch.inf) if source == "sampler" else logp.isneginf()
+
+
+def leave_out(values: Float[Tensor, "B T"], batch: TokenBatch, source: str) -> Float[Tensor, "B T"]:
+    """`values`, but 0 without gradient at the tokens that are `missing` from a source.
+
+    >>> batch = TokenBatch(mask=torch.ones(1, 2), logps={"old": torch.tensor([[-1.0, -torch.inf]])})
+    >>> leave_out(torch.tensor([[2.0, torch.inf]]), batch, "old")
+    tensor([[2., 0.]])
+    """
+    return values if source in batch.complete else torch.where(missing(batch, source), 0.0, values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +123,7 @@ class Ratio(Part):
 
     def token_log_ratio(self, batch: TokenBatch) -> Float[Tensor, "B T"]:
         """The log-ratio of each token, from which other ratios are made."""
-        log_ratio = batch.logp("policy") - batch.logp(self.against)
-        return torch.where(missing(batch, self.against), 0.0, log_ratio)
+        return leave_out(batch.logp("policy") - batch.logp(self.against), batch, self.against)
 
 
 @dataclass(frozen=True, kw_only=True)

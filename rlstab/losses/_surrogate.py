@@ -12,7 +12,7 @@ from rlstab.batch import Column, LogProbs, Requirement, TokenBatch
 from rlstab.errors import CompositionError, ConfigError
 from rlstab.losses._checks import check_part
 from rlstab.losses._metrics import Max, Metric, Min, Sum, Total, mask_like
-from rlstab.losses._ratio import Ratio, TokenRatio, missing
+from rlstab.losses._ratio import Ratio, TokenRatio, leave_out, missing
 from rlstab.losses._sampler_weight import SamplerCorrection
 from rlstab.losses._term import Loss, Term
 from rlstab.losses._weight import Weight, weights_of
@@ -71,6 +71,11 @@ class Surrogate(Term):
         """Sources without whose log-prob a token is left out: the policy, unless a subclass says otherwise."""
         return ("policy",)
 
+    @property
+    def zero_without(self) -> tuple[str, ...]:
+        """Those of `scored_by` without whose log-prob `surrogate` already is 0, with gradient 0."""
+        return ()
+
     def loss(self, batch: TokenBatch) -> Loss:
         """The surrogate times its weights, without tokens that have no log-prob."""
         values, metrics = self.surrogate(batch)
@@ -79,20 +84,21 @@ class Surrogate(Term):
             factor, more = weight.factor(batch)
             values = values * factor
             metrics |= more
-        for name, tokens in self._left_out(batch).items():
-            if values.shape == tokens.shape:
-                values = torch.where(tokens, 0.0, values)
-            metrics[name] = Total(tokens.sum())
-        return Loss(values, metrics)
+        for source in self.scored_by:
+            if values.shape == batch.shape and source not in self.zero_without:
+                values = leave_out(values, batch, source)
+        return Loss(values, metrics | self._left_out(batch))
 
-    def _left_out(self, batch: TokenBatch) -> dict[str, Bool[Tensor, "B T"]]:
-        """The tokens without a log-prob, by the name of their metric."""
-        found: dict[str, Bool[Tensor, "B T"]] = {}
+    def _left_out(self, batch: TokenBatch) -> dict[str, Metric]:
+        """How many tokens are without a log-prob, by kind."""
+        found: dict[str, Tensor | None] = {}
         for source in self.scored_by:
             name = "unscored" if source == "sampler" else "impossible"
-            tokens = missing(batch, source)
-            found[name] = found[name] | tokens if name in found else tokens
-        return found
+            before = found.setdefault(name, None)
+            if source not in batch.complete:
+                tokens = missing(batch, source)
+                found[name] = tokens if before is None or before is tokens else before | tokens
+        return {name: Total(batch.nothing if flags is None else flags.count_nonzero()) for name, flags in found.items()}
 
     @abstractmethod
     def surrogate(self, batch: TokenBatch) -> tuple[Float[Tensor, "B #T"], dict[str, Metric]]:
@@ -165,22 +171,15 @@ def ratio_max(ratio: Float[Tensor, "B #T"], batch: TokenBatch) -> Max:
 
 
 def clip_metrics(
-    ratio: Float[Tensor, "B #T"],
-    advantages: Float[Tensor, "B #T"],
-    batch: TokenBatch,
-    *,
-    low: float,
-    high: float,
+    stopped: Bool[Tensor, "B #T"], advantages: Float[Tensor, "B #T"], batch: TokenBatch
 ) -> dict[str, Metric]:
-    """Where a clip stops the gradient: `ratio < low` at A < 0, `ratio > high` at A > 0.
+    """Where a clip stops the gradient, at a ratio that is too low for A < 0 or too high for A > 0.
 
     `clip_low`, `clip_high` and `clip_region` (both) are shares of the tokens, or of the rows where there is one ratio
     and one advantage per row; `clip_low_min` and `clip_high_max` are the smallest and largest share over the rows that
     hold a token.
     """
-    sign, rising = advantages.sign(), advantages > 0
-    edge = torch.where(rising, high, torch.full_like(advantages, low))
-    stopped = ratio.detach() * sign > edge * sign  # one comparison for both sides
+    rising = advantages > 0
     region, rows = count_per_row(stopped, batch)
     above = region * rising.squeeze(-1) if rising.shape[-1] == 1 else count_per_row(stopped & rising, batch)[0]
     below = region - above
@@ -190,16 +189,16 @@ def clip_metrics(
         "clip_low": Sum(below_total, total),
         "clip_high": Sum(above_total, total),
         "clip_region": Sum(below_total + above_total, total),
-        "clip_low_min": Min(torch.where(rows > 0, below / rows, torch.inf).amin()),
-        "clip_high_max": Max(torch.where(rows > 0, above / rows, -torch.inf).amax()),
+        "clip_low_min": Min((below / rows).nan_to_num(nan=torch.inf).amin()),  # 0 / 0: a row without tokens
+        "clip_high_max": Max((above / rows).nan_to_num(nan=-torch.inf).amax()),
     }
 
 
 def clip_share(clipped: Bool[Tensor, "B #T"], batch: TokenBatch) -> Sum:
     """The share of the tokens, or of the rows, that are clipped."""
     if clipped.shape == batch.shape:
-        return Sum(count_per_row(clipped, batch)[0].sum(), batch.tokens)
-    return Sum(clipped.sum(), torch.ones_like(clipped).sum())
+        return Sum((clipped & batch.loss_mask).count_nonzero(), batch.tokens)
+    return Sum(clipped.count_nonzero(), batch.token_weight.new_full((), clipped.shape[0]))
 
 
 def count_per_row(flags: Bool[Tensor, "B #T"], batch: TokenBatch) -> tuple[Num[Tensor, "B"], Float[Tensor, "B"]]:

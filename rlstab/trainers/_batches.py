@@ -32,6 +32,7 @@ HOST_LOGPS = {
     "rlstab_moving_logps": "moving",
 }
 PART = "rlstab_part:"
+COMPLETE = "rlstab_complete:"
 
 
 def completion_masks(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -77,13 +78,21 @@ def token_batch(
         parts={key.removeprefix(PART): value for key, value in inputs.items() if key.startswith(PART)},
         counts=counts or {},
         zeroed=zeroed,
+        complete=frozenset(source for source in carried if COMPLETE + source in inputs),
     )
 
 
 def zero_outside_loss(output: dict[str, Any]) -> None:
-    """Set the log-probs that travel with a generation to zero where there is no loss, once for all micro-batches."""
+    """Set the log-probs that travel with a generation to zero where there is no loss, and note which are all finite.
+
+    Done once for all micro-batches; a note is a key without a value, which the host's shuffle and split let pass.
+    """
     _, loss_mask = completion_masks(output)
     output.update({key: torch.where(loss_mask, output[key], 0.0) for key in HOST_LOGPS if key in output})
+    carried = [key for key in HOST_LOGPS if key in output]
+    if carried:
+        finite = torch.stack([output[key].isfinite().all() for key in carried]).tolist()
+        output.update({COMPLETE + HOST_LOGPS[key]: None for key, whole in zip(carried, finite, strict=True) if whole})
 
 
 def gather_batch(batch: TokenBatch, accelerator: Any) -> TokenBatch:
