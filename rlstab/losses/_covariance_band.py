@@ -90,6 +90,7 @@ class CovarianceSample(StepStatistic):
         name = type(self).__name__
         check_positive(f"{name}.fraction", self.fraction)
         check_range(f"{name}.fraction", self.fraction, 0, 1)
+        check_range(f"{name}.seed", self.seed, 0, 2**31 - 1)
         if not self.min < self.max:
             raise ConfigError(f"{name}.max: expected a covariance above min={self.min}, got {self.max!r}")
 
@@ -119,7 +120,7 @@ class CovarianceSample(StepStatistic):
     def compute(self, batch: TokenBatch) -> Bool[Tensor, "N T"]:
         """The tokens that are drawn."""
         eligible = self.eligible(batch)
-        drawn = lots(batch.column("token_ids"), batch.mask, eligible.sum() + self.seed * _ODD[1])
+        drawn = lots(batch.column("token_ids"), batch.mask, eligible.sum() + (self.seed << 32))
         order = torch.where(eligible, drawn >> 1, torch.iinfo(torch.int64).max).flatten().argsort(stable=True)
         place = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
         count = (self.fraction * batch.loss_mask.sum().double()).floor().clamp(min=1)
