@@ -22,6 +22,7 @@ class Answer:
         limit: most tokens to draw.
         stream: key of its random stream.
         features: the request's features.
+        routes: experts chosen for the tokens that were inputs, in pieces `[*, L, K]`.
     """
 
     prompt: tuple[int, ...]
@@ -31,12 +32,20 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list)
+    routes: list[Tensor] = field(default_factory=list)
     started: float = 0.0
     ended: float = 0.0
 
     def stopped(self, stop_ids: AbstractSet[int]) -> bool:
         """Did a stop token end it?"""
         return bool(self.token_ids) and self.token_ids[-1] in stop_ids
+
+
+def record_routes(answers: Sequence[Answer], steps: Sequence[Tensor], counts: Sequence[int]) -> None:
+    """Append to each answer the routes of its tokens in the first `counts` of `steps`, of one token per row each."""
+    if steps:
+        for answer, routes, count in zip(answers, torch.cat(list(steps), dim=1).cpu(), counts, strict=True):
+            answer.routes.append(routes[:count])
 
 
 def record(answers: Sequence[Answer], draws: Sequence[Draw], counts: Sequence[int], clock: Sequence[float]) -> None:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlstab.rollouts._answer import Answer, record
+from rlstab.rollouts._answer import Answer, record, record_routes
 from rlstab.rollouts._draw import Draw, draw, uniforms
 from rlstab.rollouts._request import Sampling
 from rlstab.rollouts._rows import RowCache, Rows, empty_cache, join_rows
+from rlstab.routing import Pass
 
 IDLE_SHARE = 4
 """Rows are exchanged once one in so many is done: seldom enough to copy little, often enough to waste little."""
@@ -77,6 +78,7 @@ class _Batch:
     finished: int
     draws: list[Draw] = field(default_factory=list)
     clock: list[float] = field(default_factory=list)
+    routes: list[Tensor] = field(default_factory=list)
 
     @property
     def full(self) -> bool:
@@ -93,19 +95,28 @@ class Decoder:
         slots: most rows decoded at once.
         prefill_tokens: most prompt tokens, padding included, that go through the model at once (a longer prompt goes
             alone).
+        routed: what records the experts of every forward, or None.
     """
 
     def __init__(
-        self, model: PreTrainedModel, sampling: Sampling, stop_ids: Tensor, *, slots: int, prefill_tokens: int
+        self,
+        model: PreTrainedModel,
+        sampling: Sampling,
+        stop_ids: Tensor,
+        *,
+        slots: int,
+        prefill_tokens: int,
+        routed: Pass | None = None,
     ) -> None:
         self._model = model
         self._sampling = sampling
         self._stop_ids = stop_ids
         self._slots = slots
         self._prefill_tokens = prefill_tokens
-        routed = model.config.get_text_config(decoder=True).to_dict().get("output_router_logits", False)
+        self._routed = routed
+        asks = model.config.get_text_config(decoder=True).to_dict().get("output_router_logits", False)
         # The load-balancing loss that a trainer asks for cannot be computed from a cache.
-        self._options = {"output_router_logits": False} if routed else {}
+        self._options = {"output_router_logits": False} if asks else {}
 
     @torch.no_grad()
     def run(self, answers: Iterable[Answer]) -> None:
@@ -161,13 +172,17 @@ class Decoder:
             for batch in batches:
                 self._step(batch)
         for batch in batches:
-            record(batch.answers, batch.draws, (batch.state.positions - batch.before).tolist(), batch.clock)
+            counts = (batch.state.positions - batch.before).tolist()
+            record(batch.answers, batch.draws, counts, batch.clock)
+            record_routes(batch.answers, batch.routes, counts)
 
     def _step(self, batch: _Batch) -> None:
         state = batch.state
         batch.columns += 1
         mask = batch.attending[:, : batch.columns]
         logits = self._forward(state.token_ids[:, None], mask, state.positions[:, None], batch.cache)
+        if self._routed is not None:
+            batch.routes.append(self._routed.routes(len(logits)).experts)
         drawn = draw(logits, uniforms(state.streams, state.drawn), self._sampling)
         batch.state = self._marked(state._replace(token_ids=drawn.token_ids, positions=state.positions + ~state.done))
         batch.finished = int(batch.state.done.sum())
@@ -192,6 +207,10 @@ class Decoder:
         positions = torch.arange(width, device=device) - (width - sizes)[:, None]
         cache = empty_cache(self._model.config)
         logits = self._forward(padded, positions >= 0, positions.clamp(min=0), cache)
+        if self._routed is not None:
+            routes = self._routed.routes(len(prompts)).experts.cpu()
+            for answer, row in zip(answers, index, strict=True):
+                answer.routes.append(routes[row, width - len(prompts[row]) :])
         rows = torch.tensor(index, device=device)
         streams = torch.tensor([answer.stream for answer in answers], device=device)
         drawn = draw(logits[rows], uniforms(streams, torch.zeros_like(streams)), self._sampling)

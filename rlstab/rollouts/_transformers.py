@@ -6,7 +6,7 @@ import copy
 import inspect
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, cast, final
 
 import torch
@@ -26,6 +26,7 @@ from rlstab.rollouts._rollout import Rollout, Timing, Turn
 from rlstab.rollouts._rows import holds_rows
 from rlstab.rollouts._weights import ModelWeights, WeightSource, base_model
 from rlstab.rollouts._whole import WholeBatches
+from rlstab.routing import Pass, Routers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -57,10 +58,12 @@ class TransformersEngine(Engine):
         dtype: floating-point type of the copy; that of `model` by default.
         slots: most rows decoded at once.
         prefill_tokens: most prompt tokens, padding included, that go through the model at once.
+        routes: return the experts that every token went to, for a mixture of experts.
         name: id of the engine in rollouts and events.
 
     Raises:
-        ConfigError: if a size is not positive, if a `dtype` is asked of a shared model, or if the model has an encoder.
+        ConfigError: if a size is not positive, if a `dtype` is asked of a shared model, if routes are asked of a dense
+            model, or if the model has an encoder.
 
     Example:
         >>> from rlstab.models import tiny_causal_lm, tiny_tokenizer
@@ -81,6 +84,7 @@ class TransformersEngine(Engine):
         dtype: torch.dtype | None = None,
         slots: int = 256,
         prefill_tokens: int = 16384,
+        routes: bool = False,
         name: str = "transformers",
     ) -> None:
         for key, size in {"slots": slots, "prefill_tokens": prefill_tokens}.items():
@@ -94,6 +98,7 @@ class TransformersEngine(Engine):
             )
         self._model = model if share else _copied(model, dtype)
         self._share = share
+        self._routers = Routers(self._model) if routes else None
         self._by_rows = _decodes_by_rows(model)
         self._stop_ids = _end_of_sequence(model, tokenizer)
         self._slots = slots
@@ -139,10 +144,19 @@ class TransformersEngine(Engine):
         stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=self._model.device)
         by_rows = [answer for answer in answers if self._by_rows and not answer.features]
         whole = [answer for answer in answers if not self._by_rows or answer.features]
-        decoder = Decoder(self._model, sampling, stops, slots=self._slots, prefill_tokens=self._prefill_tokens)
-        with _evaluating(self._model):
-            decoder.run(by_rows)
-            WholeBatches(self._model, sampling, stops, slots=self._slots).run(whole)
+        with _evaluating(self._model), self._recording() as routed:
+            Decoder(
+                self._model,
+                sampling,
+                stops,
+                slots=self._slots,
+                prefill_tokens=self._prefill_tokens,
+                routed=routed,
+            ).run(by_rows)
+            WholeBatches(self._model, sampling, stops, slots=self._slots, routed=routed).run(whole)
+
+    def _recording(self) -> AbstractContextManager[Pass | None]:
+        return nullcontext() if self._routers is None else self._routers.recording()
 
     def sync_weights(self, source: WeightSource, version: int) -> None:
         """Copy the weights of `source`; an engine that shares its model has them already and notes the version.
@@ -197,6 +211,7 @@ class TransformersEngine(Engine):
             engine=self._name,
             timing=Timing(waiting=answer.started - called, generating=answer.ended - answer.started),
             kept=KeptSets.of(answer.kept) if answer.kept else None,
+            routed_experts=torch.cat(answer.routes) if answer.routes else None,
             images=tuple(request.images),
             features=request.features,
         )

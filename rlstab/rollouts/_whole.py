@@ -22,10 +22,11 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from rlstab.rollouts._answer import Answer, record
+from rlstab.rollouts._answer import Answer, record, record_routes
 from rlstab.rollouts._draw import Draw, draw, uniforms
 from rlstab.rollouts._request import Sampling
 from rlstab.rollouts._weights import base_model
+from rlstab.routing import Pass
 
 TOKEN_FEATURES = {"token_type_ids", "mm_token_type_ids"}
 """Features with one number per prompt token, padded as the prompts are."""
@@ -39,13 +40,23 @@ class WholeBatches:
         sampling: how to draw.
         stop_ids: tokens that end a completion.
         slots: most rows in a batch.
+        routed: what records the experts of every forward, or None.
     """
 
-    def __init__(self, model: PreTrainedModel, sampling: Sampling, stop_ids: Tensor, *, slots: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sampling: Sampling,
+        stop_ids: Tensor,
+        *,
+        slots: int,
+        routed: Pass | None = None,
+    ) -> None:
         self._model = model
         self._sampling = sampling
         self._stop_ids = stop_ids
         self._slots = slots
+        self._routed = routed
 
     @torch.no_grad()
     def run(self, answers: Sequence[Answer]) -> None:
@@ -64,7 +75,8 @@ class WholeBatches:
         for answer in answers:
             answer.started = started
         inputs = {key: value.to(device) for key, value in _inputs(answers).items()}
-        drawing = _Drawing(torch.tensor([answer.stream for answer in answers], device=device), self._sampling)
+        streams = torch.tensor([answer.stream for answer in answers], device=device)
+        drawing = _Drawing(streams, self._sampling, self._routed)
         limits = torch.tensor([answer.limit for answer in answers], device=device)
         ending = _Ending(limits, self._stop_ids, prompt=inputs["input_ids"].shape[1])
         cast(Callable[..., Tensor], self._model.generate)(
@@ -73,22 +85,32 @@ class WholeBatches:
             logits_processor=LogitsProcessorList([drawing]),
             stopping_criteria=StoppingCriteriaList([ending]),
         )
-        record(answers, drawing.draws, ending.counts.tolist(), drawing.clock)
+        counts = ending.counts.tolist()
+        record(answers, drawing.draws, counts, drawing.clock)
+        if drawing.routes:
+            prompt = drawing.routes[0].cpu()
+            for answer, routes in zip(answers, prompt, strict=True):
+                answer.routes.append(routes[len(routes) - len(answer.prompt) :])
+            record_routes(answers, drawing.routes[1:], [count - 1 for count in counts])
 
 
 class _Drawing(LogitsProcessor):
     """Draws one token per row, and leaves no other to choose."""
 
-    def __init__(self, streams: Tensor, sampling: Sampling) -> None:
+    def __init__(self, streams: Tensor, sampling: Sampling, routed: Pass | None) -> None:
         self._streams = streams
         self._sampling = sampling
+        self._routed = routed
         self.draws: list[Draw] = []
+        self.routes: list[Tensor] = []
         self.clock: list[float] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step = torch.full_like(self._streams, len(self.draws))
         drawn = draw(scores, uniforms(self._streams, step), self._sampling)
         self.draws.append(drawn)
+        if self._routed is not None:
+            self.routes.append(self._routed.routes(len(scores)).experts)
         self.clock.append(time.perf_counter())
         return torch.full_like(scores, -torch.inf).scatter_(-1, drawn.token_ids[:, None], 0.0)
 
