@@ -2,8 +2,9 @@
 
 from rlstab.trainers._arguments import check_composition
 from rlstab.trainers._checkpoint import latest_checkpoint
+from rlstab.trainers._distillation import StableDistillationTrainer
 from rlstab.trainers._grpo import StableGRPOTrainer
-from rlstab.trainers._host import GRPOConfig
+from rlstab.trainers._host import DistillationConfig, GRPOConfig
 from rlstab.trainers._periodic import Periodically
 from rlstab.trainers._progress import ProgressCallback
 from rlstab.trainers._recorder import RowListener
@@ -11,12 +12,14 @@ from rlstab.trainers._signals import Signals
 from rlstab.trainers._stop import GracefulStop
 
 __all__ = [
+    "DistillationConfig",
     "GRPOConfig",
     "GracefulStop",
     "Periodically",
     "ProgressCallback",
     "RowListener",
     "Signals",
+    "StableDistillationTrainer",
     "StableGRPOTrainer",
     "check_composition",
     "latest_checkpoint",

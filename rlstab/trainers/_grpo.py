@@ -422,8 +422,9 @@ class StableGRPOTrainer(GRPOTrainer):
             values |= {key: by_term[name][metric] for metric, key in OF_POLICY.items() if metric in by_term[name]}
             values[f"{prefix}weight"] = float(term.coefficient)
             warn_overflow(name, by_term[name])
-        if self._skip_overflow and (infinite := infinite_terms(self.objective, by_term)):
-            skip_update(self, infinite)
+        infinite = infinite_terms(self.objective, by_term) if self._skip_overflow else []
+        if infinite and skip_update(self, infinite):
+            self._recorder.event("step_skipped", terms=infinite, reason="+inf")
         values |= self._mismatch.collect()
         if self.signals.drift and (step - 1) % self.signals.drift_every == 0:
             values |= self._drift.measure(self._window())

@@ -30,15 +30,15 @@ def infinite_terms(objective: Objective, metrics: Mapping[str, Mapping[str, floa
     ]
 
 
-def skip_update(trainer: Any, terms: list[str]) -> None:
-    """Take the gradients away before the optimizer sees them, and say why; every rank has to."""
+def skip_update(trainer: Any, terms: list[str]) -> bool:
+    """Drop the gradients before the optimizer sees them, on every rank, and say why; returns whether it could."""
     step = trainer.state.global_step + 1
     if trainer.is_deepspeed_enabled:
         logger.warning("step %d: %s +inf, but DeepSpeed has made its update already", step, _are(terms))
-        return
+        return False
     drop_gradients(trainer.model, scaled=trainer.accelerator.scaler is not None)
-    trainer._recorder.event("step_skipped", terms=terms, reason="+inf")
     logger.warning("step %d: its update is left out, because %s +inf at some tokens", step, _are(terms))
+    return True
 
 
 def drop_gradients(model: nn.Module, *, scaled: bool) -> None:
@@ -46,7 +46,7 @@ def drop_gradients(model: nn.Module, *, scaled: bool) -> None:
 
     Args:
         model: what is trained.
-        scaled: there is a gradient scaler (fp16): it wants to find something infinite, and leaves the update out itself.
+        scaled: there is a gradient scaler (fp16), which leaves the update out itself if it finds something infinite.
     """
     for parameter in model.parameters():
         if parameter.grad is not None:
