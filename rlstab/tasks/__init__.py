@@ -1,9 +1,11 @@
 """Tasks: prompts and verifiable rewards with TRL's reward-function signature; the embedded ones need no download."""
 
+from rlstab.tasks._code import UnitTests
 from rlstab.tasks._combined import Gated, Product, Refined, Stage, Stepped
 from rlstab.tasks._countdown import Countdown
 from rlstab.tasks._difficulty_rewards import DifficultyTag, EasyLength
 from rlstab.tasks._format_rewards import Accuracy, MatchesPattern, TagFormat
+from rlstab.tasks._function import FunctionReward
 from rlstab.tasks._hub import HubTask
 from rlstab.tasks._length_rewards import CosineLength, LengthUnit, OverlongPenalty, RelativeLength
 from rlstab.tasks._reward import Correct, Reward, RewardBatch, RewardFunction, SampleReward, reward_functions
@@ -20,6 +22,7 @@ __all__ = [
     "EasyLength",
     "EmbeddedTask",
     "ExactAnswer",
+    "FunctionReward",
     "Gated",
     "HubTask",
     "LengthUnit",
@@ -42,6 +45,7 @@ __all__ = [
     "Stepped",
     "TagFormat",
     "Task",
+    "UnitTests",
     "reward_functions",
     "split_of",
 ]

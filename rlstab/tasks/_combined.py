@@ -193,10 +193,10 @@ class Refined(Reward):
         ConfigError: if the stages are not in order, or the first does not begin at 0.
 
     Example:
-        >>> from transformers import TrainerState
+        >>> from types import SimpleNamespace
         >>> from rlstab.tasks import MatchesPattern
         >>> graded = Refined(part=MatchesPattern(pattern="a", right=0.8))
-        >>> [graded(["?"], ["a"], trainer_state=TrainerState(global_step=step)) for step in (0, 1500)]
+        >>> [graded(["?"], ["a"], trainer_state=SimpleNamespace(global_step=step)) for step in (0, 1500)]
         [[1.0], [0.8]]
 
     Reference: Vision-R1: Evolving Human-Free Alignment in Large Vision-Language Models via Vision-Guided Reinforcement

@@ -1,7 +1,7 @@
 """A data set of the Hugging Face Hub, or of one's own files, as a task."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -96,6 +96,10 @@ class HubTask(Task):
     def score(self, completion: str, row: Mapping[str, Any]) -> float | None:
         """The scorer's verdict."""
         return self.scorer.score(completion, row["answer"])
+
+    def scores(self, completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
+        """The scorer's verdicts."""
+        return self.scorer.scores(completions, [row["answer"] for row in rows])
 
     def _load(self, split: str) -> Dataset:
         try:

@@ -147,6 +147,11 @@ class Reward(ABC):
             raise ConfigError(f"{type(self).__name__}: weight {self.weight!r}; expected a finite number")
 
     @property
+    def label(self) -> str:
+        """What errors call the part where it has no other name."""
+        return type(self).__name__
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """The columns that the part reads, beside prompts and completions."""
         return ()
@@ -170,13 +175,13 @@ class Reward(ABC):
 
         Args:
             batch: the completions of one call of the host.
-            name: what errors call this part; its class if not given.
+            name: what errors call this part; its `label` if not given.
 
         Raises:
             RewardError: if a column is missing; and, unless `on_error` is `"none"`, if the part raises, or returns
                 something other than one finite number or None per completion.
         """
-        name = name or type(self).__name__
+        name = name or self.label
         for column in self.columns:
             with _naming(name):
                 batch.column(column)

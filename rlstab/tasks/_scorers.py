@@ -3,11 +3,17 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, final
 
-from rlstab.errors import ConfigError
+from rlstab.errors import ConfigError, RewardError
+from rlstab.tasks._checks import check_fields
+from rlstab.tasks._worker import worker
 
 __all__ = ["ExactAnswer", "MathAnswer", "Scorer"]
+
+MATH = str(Path(__file__).with_name("_math_main.py"))
 
 
 class Scorer(ABC):
@@ -68,23 +74,42 @@ class MathAnswer(Scorer):
     The answer may be a number or LaTeX, with or without delimiters: `1,234` equals `\boxed{1234}`, `\frac{1}{2}` equals
     `0.5`. A row whose answer is no expression cannot be judged.
 
+    math-verify guards its time by signals, which work in a process's main thread only. Here it runs in a process of its
+    own, so any thread may ask; the process is killed, and started anew, when an expression is beyond its limits.
+
+    Args:
+        timeout: seconds for one comparison.
+        memory: most address space of the process, in MiB.
+        late: what becomes of a completion whose comparison takes longer, or too much memory: `"wrong"`, as math-verify
+            has it, `"none"` for unjudged, or `"raise"`.
+
     Raises:
-        ConfigError: if math-verify is not installed.
+        ConfigError: if math-verify is not installed, or a limit is not positive.
 
     Reference: Math-Verify, https://github.com/huggingface/Math-Verify.
     """
 
+    timeout: float = 5.0
+    memory: int = 4096
+    late: Literal["wrong", "none", "raise"] = "wrong"
+
     def __post_init__(self) -> None:
-        try:
-            import math_verify  # noqa: F401
-        except ImportError as error:
-            raise ConfigError(
-                "MathAnswer needs math-verify, which is not installed: pip install 'rlstab[tasks]'"
-            ) from error
+        if find_spec("math_verify") is None:
+            raise ConfigError("MathAnswer needs math-verify, which is not installed: pip install 'rlstab[tasks]'")
+        check_fields(
+            self, {"timeout": (self.timeout > 0, "seconds above 0"), "memory": (self.memory > 0, "MiB above 0")}
+        )
 
     def score(self, completion: str, answer: str) -> float | None:
-        """Compare the expressions."""
-        from math_verify import parse, verify
+        """Compare the expressions.
 
-        right = parse(answer if "boxed" in answer else rf"\boxed{{{answer.strip().strip('$')}}}")
-        return float(verify(right, parse(completion))) if right else None
+        Raises:
+            RewardError: if the comparison is beyond its limits and `late` is `"raise"`.
+        """
+        try:
+            equal = worker(MATH, "compare", memory=self.memory).call(completion, answer, timeout=self.timeout)
+        except RewardError:
+            if self.late == "raise":
+                raise
+            return 0.0 if self.late == "wrong" else None
+        return None if equal is None else float(equal)

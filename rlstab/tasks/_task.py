@@ -91,6 +91,15 @@ class Task(ABC):
             A finite number, or None if this completion cannot be judged.
         """
 
+    def scores(self, completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Sequence[float | None]:
+        """The rewards of many completions; override it where scoring them together is faster than one by one.
+
+        Args:
+            completions: texts.
+            rows: the answer columns of each completion's prompt.
+        """
+        return [self.score(completion, row) for completion, row in zip(completions, rows, strict=True)]
+
     @final
     def reward(
         self, prompts: Sequence[str | Messages], completions: Sequence[str | Messages], **columns: Any
@@ -113,10 +122,13 @@ class Task(ABC):
         """
         self._check_batch(len(prompts), completions, columns)
         answers = zip(*(columns[column] for column in self.answer_columns), strict=True)
-        return [
-            self._score(completion, dict(zip(self.answer_columns, answer, strict=True)))
-            for completion, answer in zip(completions, answers, strict=True)
-        ]
+        rows = [dict(zip(self.answer_columns, answer, strict=True)) for answer in answers]
+        own = [index for index, row in enumerate(rows) if None not in row.values()]
+        texts = [text_of(completions[index], owner=f"task {self.name}") for index in own]
+        rewards: list[float | None] = [None] * len(prompts)
+        for index, text, score in zip(own, texts, self.scores(texts, [rows[index] for index in own]), strict=True):
+            rewards[index] = self._checked(score, text)
+        return rewards
 
     def _check_batch(self, size: int, completions: Sequence[str | Messages], columns: Mapping[str, Any]) -> None:
         missing = [column for column in self.answer_columns if column not in columns]
@@ -132,11 +144,7 @@ class Task(ABC):
                     f"task {self.name}: {key} has {length} values; expected one for each of {size} prompts"
                 )
 
-    def _score(self, completion: str | Messages, row: Mapping[str, Any]) -> float | None:
-        if any(value is None for value in row.values()):
-            return None
-        text = text_of(completion, owner=f"task {self.name}")
-        score = self.score(text, row)
+    def _checked(self, score: Any, text: str) -> float | None:
         if score is None:
             return None
         if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
