@@ -266,6 +266,12 @@ _TRAINING = (
     Signal("train/step_time", "wall-clock time of one optimizer step", unit="s", direction="lower"),
     Signal("rewards/<function>/mean", "mean of the reward function <function>", unit="reward", direction="higher"),
     Signal("rewards/<function>/std", "standard deviation of the reward function <function>", unit="reward"),
+    Signal(
+        "rewards/<function>/failed",
+        "share of the completions that the reward function <function> could not score",
+        unit="fraction",
+        direction="lower",
+    ),
     Signal("completions/mean_length", "mean length of the completions", unit="tokens"),
     Signal("completions/min_length", "length of the shortest completion", unit="tokens", reduction="min"),
     Signal("completions/max_length", "length of the longest completion", unit="tokens", reduction="max"),
