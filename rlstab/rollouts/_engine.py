@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from jaxtyping import Float, Int
+from torch import Tensor
+
 from rlstab.rollouts._request import Request, Sampling
 from rlstab.rollouts._rollout import Rollout
 from rlstab.rollouts._weights import WeightSource
@@ -78,6 +81,20 @@ class Engine(ABC):
 
         Raises:
             EngineError: if a request cannot be answered; nothing is returned then.
+        """
+
+    @abstractmethod
+    def score(self, sequences: Sequence[Int[Tensor, "_"]]) -> list[Float[Tensor, "_"]]:
+        """Log-probs that the engine's model gives to tokens of others, at temperature 1.
+
+        Args:
+            sequences: token ids of whole sequences, of two tokens at least.
+
+        Returns:
+            One vector per sequence: the log-prob of each token but the first, given all before it.
+
+        Raises:
+            EngineError: if a sequence cannot be scored.
         """
 
     @abstractmethod

@@ -24,6 +24,7 @@ from rlstab.rollouts._kept import KeptSets
 from rlstab.rollouts._request import Request, Sampling
 from rlstab.rollouts._rollout import Rollout, Timing, Turn
 from rlstab.rollouts._rows import holds_rows
+from rlstab.rollouts._score import sequence_logprobs
 from rlstab.rollouts._weights import ModelWeights, WeightSource, base_model
 from rlstab.rollouts._whole import WholeBatches
 from rlstab.routing import Pass, Routers
@@ -157,6 +158,14 @@ class TransformersEngine(Engine):
 
     def _recording(self) -> AbstractContextManager[Pass | None]:
         return nullcontext() if self._routers is None else self._routers.recording()
+
+    @torch.no_grad()
+    def score(self, sequences: Sequence[Tensor]) -> list[Tensor]:
+        """Log-probs of given tokens: see `Engine.score`."""
+        if self._closed:
+            raise EngineError(f"{self._name}: the engine is closed; make a new one")
+        with _evaluating(self._model):
+            return [sequence_logprobs(self._model, sequence) for sequence in sequences]
 
     def sync_weights(self, source: WeightSource, version: int) -> None:
         """Copy the weights of `source`; an engine that shares its model has them already and notes the version.

@@ -1,0 +1,296 @@
+"""`VLLMEngine`: samples with vLLM, in this process or in processes of its own."""
+
+from __future__ import annotations
+
+import atexit
+import copy
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any, cast, final
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlstab.errors import ConfigError, EngineError, WeightSyncError
+from rlstab.rollouts._engine import Engine, Health
+from rlstab.rollouts._request import Request, Sampling
+from rlstab.rollouts._rollout import Rollout
+from rlstab.rollouts._vllm_calls import Call, Limits, check_images, rollout_of
+from rlstab.rollouts._vllm_cores import Core, InFlight, InProcess, OwnProcesses
+from rlstab.rollouts._weight_file import check_shapes, shapes_of, shapes_of_config, unique_tensors, weight_file
+from rlstab.rollouts._weights import ModelWeights, WeightSource, base_model
+
+__all__ = ["VLLMEngine"]
+
+OURS = {
+    "model": "pass it as the engine's model",
+    "dtype": "pass it as the engine's dtype",
+    "skip_tokenizer_init": "tokens go in and out",
+    "weight_transfer_config": "weights are synced by the engine",
+    "worker_extension_cls": "the engine has its own",
+}
+GIBIBYTE = 1 << 30
+
+# As in _vllm_worker, which only vLLM's processes import.
+BACKEND = "rlstab"
+EXTENSION = "rlstab.rollouts._vllm_worker.WorkerExtension"
+
+
+@final
+class VLLMEngine(Engine):
+    """Samples with vLLM: fast on a GPU, usable on a CPU.
+
+    Defaults are those that make sampler and trainer agree: the precision of the policy (vLLM would turn float32 into
+    bfloat16), log-probs at the temperature that is sampled with (vLLM's own default is temperature 1), no sampling
+    settings from the model's generation config. Every argument of vLLM can be set through `arguments`.
+
+    A policy in memory never touches the disk: vLLM starts from its configuration, and takes its weights as at every
+    later sync, through vLLM's weight-transfer interface. In this process they are passed as they are; processes of
+    vLLM's own map a file of shared memory. vLLM's caches are cleared with each sync, so that nothing that was computed
+    with old weights is used again. On a CPU the engine repairs what vLLM leaves stale when it takes new weights (the
+    head tied to the embedding, and experts).
+
+    A seed given with `Sampling` or `Request` is given on to vLLM, one for each request, which samples more slowly for
+    it. Without one, vLLM is seeded once per call from torch's global generator: in this process a restored generator
+    repeats its samples.
+
+    Args:
+        model: the policy, whose weights the engine starts with, or the path or name of a checkpoint.
+        tokenizer: names the end-of-sequence token, beside those of the model's generation config.
+        dtype: precision to sample in; that of the model by default.
+        in_process: run vLLM here, one engine at a time, which starts fastest and samples on the calling thread;
+            otherwise in processes of its own, whose death is an error here and nothing worse, and which take new
+            weights while requests are in flight. The calling script then needs the guard `if __name__ == "__main__":`.
+        in_flight: what happens to requests in flight at a sync, in processes of its own: `keep` goes on with them under
+            the new weights (each token's version says which sampled it), `wait` ends them first, `abort` returns what
+            there is of them.
+        patience: seconds without a token after which processes of its own are taken for dead, and killed.
+        arguments: arguments of vLLM's engine, which go before all defaults.
+        kept_limit: most tokens recorded per position for `truncation="renormalise"` without `top_k`.
+        repair: bring vLLM's CPU backend up to date after each sync. Off only to see what happens without.
+        name: id of the engine in rollouts and events.
+
+    Raises:
+        ConfigError: if an argument is not the user's to set, or the engine cannot run as asked.
+
+    Example:
+        ```python
+        engine = VLLMEngine(model, tokenizer, arguments={"max_model_len": 4096, "gpu_memory_utilization": 0.4})
+        rollouts = engine.generate([Request(prompt_ids=ids)], Sampling(max_new_tokens=256))
+        ```
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        in_process: bool = True,
+        in_flight: InFlight = "keep",
+        patience: float = 300.0,
+        arguments: Mapping[str, Any] = MappingProxyType({}),
+        kept_limit: int = 1024,
+        repair: bool = True,
+        name: str = "vllm",
+    ) -> None:
+        _check(arguments, patience, kept_limit)
+        self._name = name
+        self._version = 0
+        self._closed = False
+        self._fault = ""
+        self._in_process = in_process
+        self._kinds = _Kinds()
+        config = AutoConfig.from_pretrained(model) if isinstance(model, str) else base_model(model).config
+        self._shapes = shapes_of_config(config) if isinstance(model, str) else None
+        generation = _generation_config(model, config) if isinstance(model, str) else model.generation_config
+        self._stop_ids = _end_of_sequence(generation, tokenizer)
+        precision = dtype or cast("torch.dtype | None", config.dtype) or torch.float32
+        settings = {**_defaults(precision), **arguments}
+        settings |= {} if isinstance(model, str) else {"load_format": "dummy"}
+        with _model_folder(model, config) as folder:
+            settings["model"] = folder
+            self._core: Core = (
+                InProcess(settings, {"repair": repair})
+                if in_process
+                else OwnProcesses(settings, {"repair": repair}, patience=patience, in_flight=in_flight)
+            )
+        atexit.register(self.close)
+        self._limits = Limits(
+            context=self._core.context, vocabulary=config.get_text_config().vocab_size, kept=kept_limit
+        )
+        if not isinstance(model, str):
+            self._take(ModelWeights(model), 0)
+
+    @property
+    def id(self) -> str:
+        """Name of the engine in rollouts and events."""
+        return self._name
+
+    @property
+    def weight_version(self) -> int:
+        """Version of the weights it samples with."""
+        return self._version
+
+    @property
+    def shares_weights(self) -> bool:
+        """Never: vLLM has weights of its own."""
+        return False
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+        """Continue every prompt: see `Engine.generate`.
+
+        A completion ends at vLLM's `max_model_len` too, with the finish reason `length`.
+
+        Raises:
+            ConfigError: if a request has images.
+            EngineError: if the engine is closed or dead, if a prompt leaves no room for a completion, if the model's
+                logits are not finite, or if a kept set is larger than what is recorded of it.
+        """
+        self._check_usable()
+        check_images(requests)
+        if not requests:
+            return []
+        call = Call(requests, sampling, self._stop_ids, self._limits)
+        with self._kinds.share(call.whole, self._return_whole):
+            completions = self._core.generate(call, int(torch.randint(2**62, ())))
+        return [
+            rollout_of(request, call, completion, engine=self._name)
+            for request, completion in zip(requests, completions, strict=True)
+        ]
+
+    def score(self, sequences: Sequence[Tensor]) -> list[Tensor]:
+        """Log-probs of given tokens: see `Engine.score`."""
+        self._check_usable()
+        return self._core.score(sequences)
+
+    def sync_weights(self, source: WeightSource, version: int) -> None:
+        """Take the weights of `source`, all of them, and clear vLLM's caches.
+
+        Raises:
+            WeightSyncError: if the version is older than the present one, or if names or shapes differ.
+            EngineError: if the engine is closed or dead.
+        """
+        self._check_usable()
+        if version < self._version:
+            raise WeightSyncError(f"{self._name}: got weights of version {version} after those of {self._version}")
+        self._take(source, version)
+
+    def _take(self, source: WeightSource, version: int) -> None:
+        tensors = unique_tensors(source)
+        if self._shapes is None:
+            self._shapes = shapes_of(tensors)
+        check_shapes(self._name, self._shapes, shapes_of(tensors))
+        self._fault = "has a part of its new weights only, as a sync failed"
+        if self._in_process:
+            self._core.update({"tensors": list(tensors.items())}, version)
+        else:
+            with weight_file(tensors) as path:
+                self._core.update({"path": str(path)}, version)
+        self._fault = ""
+        self._version = version
+
+    def health(self) -> Health:
+        """The state of the engine."""
+        detail = "closed" if self._closed else self._fault or self._core.fault()
+        return Health(alive=not detail, engine=self._name, weight_version=self._version, detail=detail)
+
+    def close(self) -> None:
+        """Stop vLLM and give its memory back."""
+        if not self._closed:
+            self._closed = True
+            atexit.unregister(self.close)
+            self._core.close()
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise EngineError(f"{self._name}: the engine is closed; make a new one")
+        if fault := self._fault or self._core.fault():
+            raise EngineError(f"{self._name}: vLLM {fault}; make a new engine")
+
+    def _return_whole(self, whole: bool) -> None:
+        self._core.call_workers("rlstab_whole_log_probs", whole=whole)
+
+
+class _Kinds:
+    """Lets calls of one kind run together; a call of the other kind waits until they have ended."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running = 0
+        self._kind = False
+
+    @contextmanager
+    def share(self, kind: bool, switch: Callable[[bool], None]) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._running or self._kind == kind)
+            if self._kind != kind:
+                switch(kind)
+                self._kind = kind
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
+
+
+def _check(arguments: Mapping[str, Any], patience: float, kept_limit: int) -> None:
+    for key, remedy in OURS.items():
+        if key in arguments:
+            raise ConfigError(f"VLLMEngine: arguments name {key}, which is not vLLM's to know: {remedy}")
+    for name, value in {"patience": patience, "kept_limit": kept_limit}.items():
+        if not value > 0:
+            raise ConfigError(f"VLLMEngine: {name} {value}; expected a number above 0")
+
+
+def _defaults(dtype: torch.dtype) -> dict[str, Any]:
+    from vllm.platforms import current_platform
+
+    settings = {
+        "runner": "generate",
+        "dtype": str(dtype).removeprefix("torch."),
+        "logprobs_mode": "processed_logprobs",
+        "max_logprobs": -1,
+        "generation_config": "vllm",
+        "skip_tokenizer_init": True,
+        "disable_log_stats": True,
+        "enforce_eager": False,
+        "weight_transfer_config": {"backend": BACKEND},
+        "worker_extension_cls": EXTENSION,
+    }
+    if current_platform.is_cpu():
+        # Prompts in one piece: the CPU's runner cannot draw from a request's own generator for a part of one.
+        settings |= {"enforce_eager": True, "enable_chunked_prefill": False, "kv_cache_memory_bytes": GIBIBYTE}
+    return settings
+
+
+def _end_of_sequence(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+    several = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    own = [] if tokenizer is None else [tokenizer.eos_token_id]
+    return tuple(dict.fromkeys(token for token in (*several, *own) if token is not None))
+
+
+def _generation_config(path: str, config: PretrainedConfig) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except OSError:  # the checkpoint has none
+        return GenerationConfig.from_model_config(config)
+
+
+@contextmanager
+def _model_folder(model: PreTrainedModel | str, config: PretrainedConfig) -> Iterator[str]:
+    """What vLLM reads the model's configuration from: the checkpoint, or a folder with nothing else in it."""
+    if isinstance(model, str):
+        yield model
+        return
+    with tempfile.TemporaryDirectory(prefix="rlstab-model-") as folder:
+        described = copy.deepcopy(config)
+        described.architectures = [type(base_model(model)).__name__]
+        described.save_pretrained(folder)
+        yield folder
