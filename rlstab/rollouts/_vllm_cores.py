@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -26,7 +26,6 @@ from rlstab.rollouts._vllm_calls import Call, Completion, scores_of, scoring_cal
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.outputs import RequestOutput
-    from vllm.v1.engine.async_llm import AsyncLLM
 
 __all__ = ["Core", "InFlight", "InProcess", "OwnProcesses"]
 
@@ -180,7 +179,12 @@ class OwnProcesses(Core):
             **({"TORCHDYNAMO_DISABLE": "1"} if arguments["enforce_eager"] else {}),
         }
         with environment_defaults(environment):
-            self._engine = self._submit(_started(arguments, init_info)).result()
+            from vllm import AsyncEngineArgs
+            from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+            from vllm.v1.engine.async_llm import AsyncLLM
+
+            self._engine = self._submit(_called(AsyncLLM.from_engine_args, AsyncEngineArgs(**arguments))).result()
+            self._submit(self._engine.init_weight_transfer_engine(WeightTransferInitRequest(dict(init_info)))).result()
         self._processes = list(self._engine.engine_core.resources.engine_manager.processes)
 
     @property
@@ -311,14 +315,9 @@ async def _together(work: Sequence[Coroutine[Any, Any, Answer]]) -> list[Answer]
         raise
 
 
-async def _started(arguments: Mapping[str, Any], init_info: Mapping[str, Any]) -> AsyncLLM:
-    from vllm import AsyncEngineArgs
-    from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-    await engine.init_weight_transfer_engine(WeightTransferInitRequest(dict(init_info)))
-    return engine
+async def _called(make: Callable[[Any], Answer], argument: Any) -> Answer:
+    """What a plain function returns, called on the loop."""
+    return make(argument)
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def peaked(made: PreTrainedModel) -> PreTrainedModel:
     """The model with distributions that are far from uniform."""
     with torch.no_grad():
         for parameter in made.parameters():
-            parameter.mul_(2.5)
+            parameter.mul_(2.0)
     return made
 
 
