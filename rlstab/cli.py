@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
@@ -13,6 +13,7 @@ from rlstab.errors import ConfigError, HostError, RecipeError, RecordError, Rlst
 __all__ = ["main"]
 
 MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130
+UNREADABLE = 3
 WIDTH_OF_A_FILE = 160
 
 TRAIN_FLAGS = ("--help", "--list-keys", "--resume")
@@ -21,6 +22,10 @@ Train as a recipe says. Every key of the recipe can be overridden by its dotted 
 --trainer.learning_rate=1e-4, --objective.terms.drift.coef=0.1 or --output runs/a; values are YAML.
 The keys of a recipe are model, task, objective, advantage, engine, adapter, warmup, evaluation,
 signals, trainer, prompts, output, seed and threads; --list-keys lists what stands below them."""
+
+DIAGNOSE_HELP = """\
+Say what is wrong with a run, why, how sure that is, and what to change; of any origin. Exit code: 0 healthy, 1 warning,
+2 collapsed, 3 could not be read."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, 2 for a mistake in the arguments or the recipe, 1 for another failure, 130 after Ctrl-C.
+        `diagnose` returns 0 for a healthy run, 1 for a warning, 2 for a collapse, 3 for a run that cannot be read.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     overrides: list[tuple[str, str]] = []
@@ -40,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = _parser().parse_args(words or ["--help"])
         if chosen.command == "train":
             return _train(chosen.train.recipe, overrides, resume=chosen.train.resume, list_keys=chosen.train.list_keys)
+        if chosen.command == "diagnose":
+            return _diagnose(**vars(chosen.diagnose))
         return _report(chosen.report.run) if chosen.command == "report" else _methods()
     except ArgumentError as error:
         return _fail(" ".join(str(error).split()), MISTAKE)
@@ -63,6 +71,16 @@ def _parser() -> ArgumentParser:
         description="Write plots and report.html of a run anew, and print the table before → after."
     )
     report.add_argument("run", type=str, help="run folder")
+    diagnose = ArgumentParser(description=DIAGNOSE_HELP)
+    diagnose.add_argument(
+        "run", type=str, help="run folder, trainer_state.json, .csv, .jsonl, TensorBoard, wandb, trackio"
+    )
+    diagnose.add_argument("--json", action="store_true", help="print one JSON object")
+    diagnose.add_argument(
+        "--fix", type=str | None, default=None, help="write the recipe with the first cause's changes"
+    )
+    diagnose.add_argument("--columns", type=dict[str, str], default={}, help="of a table: {train/reward: my_column}")
+    diagnose.add_argument("--name", type=str | None, default=None, help="which run of a store that holds several")
     methods = ArgumentParser(description="List the parts of an objective and the presets, with their papers.")
     parser = ArgumentParser(
         prog="rlstab",
@@ -73,6 +91,7 @@ def _parser() -> ArgumentParser:
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("train", train, help="train as a recipe says")
     commands.add_subcommand("report", report, help="write the report of a run anew")
+    commands.add_subcommand("diagnose", diagnose, help="say what is wrong with a run, and why")
     commands.add_subcommand("methods", methods, help="list parts, presets and their papers")
     return parser
 
@@ -124,6 +143,27 @@ def _report(run: str) -> int:
     print_summary(folder, console)
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
     return 0
+
+
+def _diagnose(run: str, *, json: bool, fix: str | None, columns: Mapping[str, str], name: str | None) -> int:
+    from rich.console import Console
+
+    from rlstab.record import read_run
+    from rlstab.report import as_json, explain, print_diagnosis, write_fix
+
+    try:
+        read = read_run(run, columns=columns, name=name)
+    except RecordError as error:
+        return _fail(str(error), UNREADABLE)
+    diagnosis = explain(read)
+    if json:
+        print(as_json(read, diagnosis))
+    else:
+        print_diagnosis(read, diagnosis, Console(highlight=False, soft_wrap=False))
+    if fix is not None:
+        done = write_fix(read, diagnosis, fix)
+        print(f"{fix}: {', '.join(done)}" if done else f"{fix}: nothing to change", file=sys.stderr)
+    return diagnosis.exit_code
 
 
 def _methods() -> int:

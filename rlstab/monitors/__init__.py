@@ -8,6 +8,20 @@ from rlstab.monitors._alarm import Alarm, Change, Due, Evidence, Observed
 from rlstab.monitors._baseline import Baseline
 from rlstab.monitors._charts import Chart, Cusum, Ewma, PageHinkley, State
 from rlstab.monitors._detectors import Detector, Level, NonFinite, Reading, Tracker
+from rlstab.monitors._diagnosis import diagnose, explanations
+from rlstab.monitors._diagnosis_data import (
+    Claim,
+    Config,
+    Curve,
+    Diagnosis,
+    Edit,
+    Explanation,
+    Happening,
+    RunState,
+    Sighting,
+    Sign,
+    Trace,
+)
 from rlstab.monitors._monitor import Monitor
 from rlstab.monitors._relative import Drift, Side, Spike, ValueScale
 from rlstab.monitors._rules import CAUSES, Cause, Rule, Severity, default_rules
@@ -20,12 +34,19 @@ __all__ = [
     "Cause",
     "Change",
     "Chart",
+    "Claim",
+    "Config",
+    "Curve",
     "Cusum",
     "Detector",
+    "Diagnosis",
     "Drift",
     "Due",
+    "Edit",
     "Evidence",
     "Ewma",
+    "Explanation",
+    "Happening",
     "Level",
     "Monitor",
     "NonFinite",
@@ -36,14 +57,20 @@ __all__ = [
     "Reading",
     "RollBack",
     "Rule",
+    "RunState",
     "Scale",
     "Severity",
     "Side",
+    "Sighting",
+    "Sign",
     "SkipStep",
     "Spike",
     "State",
     "Stop",
+    "Trace",
     "Tracker",
     "ValueScale",
     "default_rules",
+    "diagnose",
+    "explanations",
 ]

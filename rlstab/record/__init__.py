@@ -1,5 +1,6 @@
 """The run folder: append-only metrics, events and completions that survive a kill at any byte, and their readers."""
 
+from rlstab.record._edits import edited
 from rlstab.record._folder import RunFolder
 from rlstab.record._reading import read_run
 from rlstab.record._rows import Event, Events, Metrics, MetricsRow, Rollout, Rollouts, Series
@@ -15,6 +16,7 @@ __all__ = [
     "Run",
     "RunFolder",
     "Series",
+    "edited",
     "numbers",
     "read_run",
 ]

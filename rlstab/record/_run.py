@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import yaml
+
 from rlstab.record._rows import Events, Metrics, Rollouts
 
 if TYPE_CHECKING:
@@ -58,6 +60,15 @@ class Run:
     def last_step(self) -> int | None:
         """Last step with metrics, None before the first."""
         return self.metrics.rows[-1].step if self.metrics.rows else None
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """The configuration as nested mappings; empty where there is none, or none that can be read."""
+        try:
+            found = yaml.safe_load(self.config)
+        except (yaml.YAMLError, RecursionError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     @property
     def times(self) -> list[float]:

@@ -1,0 +1,1 @@
+"""The causes that a diagnosis knows: one file each, with an `EXPLANATION`."""

@@ -1,0 +1,80 @@
+"""Questions that several causes ask."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rlstab.monitors._diagnosis_data import Edit, Sighting, Sign, Trace
+
+ENTROPY = "policy/entropy|train/entropy"
+DRIFT = "drift/initial/kl|train/kl"
+MISMATCH = 0.05
+"""k3 in nats/token from which on the mismatch itself is a cause that would have to be ruled out first."""
+
+
+def chosen(trace: Trace, entry: str) -> str:
+    """Return the signal that a run has of those in one entry of a sign."""
+    key = trace.first_of(*entry.split("|"))
+    assert key is not None, entry
+    return key
+
+
+def learning_rate(trace: Trace) -> float | None:
+    """Return the learning rate of the recipe, else the largest that was logged."""
+    setting = trace.setting("trainer.learning_rate")
+    if isinstance(setting, int | float):
+        return float(setting)
+    values = trace.finite("train/learning_rate").values
+    return float(values.max()) if len(values) else None
+
+
+def slower(trace: Trace, factor: float) -> list[Edit]:
+    """Lower the learning rate by a factor."""
+    rate = learning_rate(trace)
+    if rate is None:
+        return []
+    return [Edit("trainer.learning_rate", float(f"{rate / factor:.3g}"), f"a {_part(factor)} of what it was")]
+
+
+def _part(factor: float) -> str:
+    return {2: "half", 3: "third", 4: "quarter"}.get(round(factor), f"{factor:g}th")
+
+
+def no_mismatch(trace: Trace) -> Sighting:
+    """See that trainer and sampler agree, so that this cannot be the cause."""
+    largest = trace.part("mismatch/k3", 0.1, 1.0)
+    return Sighting(largest < MISMATCH, f"trainer and sampler: k3 {largest:.2g} nats/token")
+
+
+def no_unusual_gradient(trace: Trace) -> Sighting:
+    """See that no gradient stands out."""
+    largest = float(spikes(trace)[1].max(initial=0.0))
+    return Sighting(largest < 10, f"the largest gradient norm is {max(largest, 1):.2g} times what was usual before it")
+
+
+def spikes(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
+    """Return steps, and gradient norms as multiples of the median of the 20 steps before; the first 10 have none."""
+    steps, norms = trace.finite("train/grad_norm")
+    if len(norms) <= 10:
+        return np.array([], dtype=int), np.array([])
+    usual = np.array([np.median(norms[max(0, at - 20) : at]) for at in range(10, len(norms))])
+    return steps[10:], norms[10:] / np.maximum(usual, 1e-12)
+
+
+def first_fall(trace: Trace, key: str, share: float) -> int:
+    """Return the step from which on a signal is mostly below a share of its highest value so far, to its end; or -1.
+
+    Medians of three values are looked at; mostly is four of five.
+    """
+    steps, values = trace.finite(key)
+    if len(values) < 5:
+        return -1
+    smooth = np.median(np.lib.stride_tricks.sliding_window_view(values, 3), axis=-1)
+    below = smooth < share * np.maximum.accumulate(smooth)
+    rest = np.cumsum(below[::-1])[::-1] / np.arange(len(below), 0, -1)
+    found = np.flatnonzero(below & (rest >= 0.8))
+    return int(steps[int(found[0]) + 1]) if len(found) and below[-1] else -1
+
+
+AGREEMENT = Sign(reads=("mismatch/k3",), look=no_mismatch, role="veto")
+EVEN_GRADIENT = Sign(reads=("train/grad_norm",), look=no_unusual_gradient, weight=0.5)

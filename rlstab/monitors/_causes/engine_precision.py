@@ -1,0 +1,41 @@
+"""The engine computes with other numbers than the trainer: another dtype, quantised weights, another kernel."""
+
+from rlstab.monitors._causes import _mismatch
+from rlstab.monitors._diagnosis_data import Edit, Explanation, Sighting, Sign, Trace
+
+K3 = _mismatch.K3
+
+
+def _small_at_first(trace: Trace) -> Sighting:
+    began = _mismatch.first(trace)
+    return Sighting(began < 1.0, f"at the first step k3 was {began:.2g} nats/token: rounding, not another prompt")
+
+
+def _rare(trace: Trace) -> Sighting:
+    share = trace.start("mismatch/f2")
+    return Sighting(share < 0.3, f"{share:.1%} of the tokens differ by more than a factor of 2")
+
+
+def _edits(trace: Trace) -> list[Edit]:
+    if trace.setting("engine.init_args.dtype") is not None:
+        return [Edit("engine.init_args.dtype", None, "sample in the trainer's precision")]
+    return []
+
+
+EXPLANATION = Explanation(
+    name="engine_precision",
+    title="The engine computes in another precision than the trainer",
+    signs=(
+        Sign(reads=(K3,), look=lambda trace: _mismatch.differs(trace, _mismatch.LOOK), role="needed"),
+        Sign(reads=(K3,), look=_mismatch.differed_at_first, role="needed"),
+        Sign(reads=(K3,), look=_small_at_first, role="needed"),
+        Sign(reads=("mismatch/k1", K3), look=_mismatch.whole_support, role="needed"),
+        Sign(reads=("mismatch/f2",), look=_rare),
+    ),
+    remedy=(
+        "Give the engine the trainer's dtype (weights, KV cache and the LM head in the same precision) or leave "
+        "quantisation out; lower the learning rate. Do not clip against the engine's log-probs: under a static "
+        "mismatch that causes a collapse of its own."
+    ),
+    edits=_edits,
+)
