@@ -75,11 +75,13 @@ class Due:
     Args:
         action: what to do.
         rule: the rule that asks for it.
+        since: step since which its signal is out of order.
         finding: why, in words.
     """
 
     action: Action
     rule: Rule
+    since: int
     finding: str
 
 

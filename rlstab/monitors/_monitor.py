@@ -88,7 +88,8 @@ class Monitor:
             if reading.raised and (change := self._enter(i, step, reading)):
                 changes.setdefault(rule.cause, change)
             if reading.beyond and rule.action.urgent:
-                due.append(Due(action=rule.action, rule=rule, finding=f"{rule.signal} {reading.evidence}"))
+                finding = f"{rule.signal} {reading.evidence}"
+                due.append(Due(action=rule.action, rule=rule, since=step, finding=finding))
         due += self._once(step)
         opened = [self._alarm(cause, step, change) for cause, change in changes.items()]
         return Observed(alarms=(*opened, *self._over(step)), due=tuple(due))
@@ -124,8 +125,8 @@ class Monitor:
             if i in alarm.taken or rule.action.urgent or len(families) < rule.agreement:
                 continue
             alarm.taken.append(i)
-            finding = next(str(item) for item in reversed(alarm.evidence) if item.signal == rule.signal)
-            due.append(Due(action=rule.action, rule=rule, finding=finding))
+            found = alarm.evidence[alarm.rules.index(i)]
+            due.append(Due(action=rule.action, rule=rule, since=alarm.since, finding=str(found)))
         return [item for item in due if not isinstance(item.action, Note)]
 
     def _over(self, step: int) -> list[Alarm]:

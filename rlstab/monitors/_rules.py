@@ -123,7 +123,13 @@ def _of_numbers(skip: Action) -> Sequence[Rule]:
     norm = Spike(scale="log", floor=1e-8, least_spread=0.1)
     return (
         Rule(signal="step/loss", detector=NonFinite(), severity="critical", action=skip, cause="numerics"),
-        Rule(signal="train/grad_norm", detector=NonFinite(), severity="critical", action=skip, cause="numerics"),
+        Rule(
+            signal="step/bad_gradients",
+            detector=Level(above=0.0, steps=1),
+            severity="critical",
+            action=skip,
+            cause="numerics",
+        ),
         Rule(signal="train/grad_norm", detector=norm, action=skip, cause="optimisation"),
     )
 

@@ -4,23 +4,31 @@ from rlstab.trainers._arguments import check_composition
 from rlstab.trainers._checkpoint import latest_checkpoint
 from rlstab.trainers._distillation import StableDistillationTrainer
 from rlstab.trainers._grpo import StableGRPOTrainer
+from rlstab.trainers._guard import Guard
 from rlstab.trainers._host import DistillationConfig, GRPOConfig
+from rlstab.trainers._observer import LossCall, Observer
 from rlstab.trainers._periodic import Periodically
 from rlstab.trainers._progress import ProgressCallback
 from rlstab.trainers._recorder import RowListener
 from rlstab.trainers._signals import Signals
 from rlstab.trainers._stop import GracefulStop
+from rlstab.trainers._watch import Watch, watch
 
 __all__ = [
     "DistillationConfig",
     "GRPOConfig",
     "GracefulStop",
+    "Guard",
+    "LossCall",
+    "Observer",
     "Periodically",
     "ProgressCallback",
     "RowListener",
     "Signals",
     "StableDistillationTrainer",
     "StableGRPOTrainer",
+    "Watch",
     "check_composition",
     "latest_checkpoint",
+    "watch",
 ]

@@ -12,7 +12,6 @@ CLAIMED = {
     "mismatch": "tests/monitors/test_mismatch_vectors.py",
     "attention_entropy": "tests/probes/test_attention.py",
     "spectral_alignment": "tests/probes/test_spectral.py",
-    "last_layer_grad": "tests/probes/test_outliers.py",
 }
 
 
