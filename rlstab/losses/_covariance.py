@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlstab.batch import Column, LogProbs, Requirement, TokenBatch
 from rlstab.losses._checks import check_choice, check_positive, check_range
-from rlstab.losses._metrics import token_mean
+from rlstab.losses._metrics import Sum
 from rlstab.losses._parts import StepStatistic
 from rlstab.losses._ratio import missing
 from rlstab.losses._term import Loss, Term
@@ -142,5 +142,6 @@ class KLCov(Term):
         """The distance to the old log-probs at the chosen tokens."""
         chosen = batch.part(self.selection.key) if self.over == "step" else self.selection.compute(batch)
         difference = batch.logp("policy") - batch.logp("old")
-        metrics = {"selected": token_mean(chosen.to(difference.dtype), batch.token_weight)}
-        return Loss(torch.where(chosen & ~missing(batch, "old"), difference, 0.0).abs(), metrics)
+        kept = chosen if "old" in batch.complete else chosen & ~missing(batch, "old")
+        metrics = {"selected": Sum((chosen & batch.loss_mask).count_nonzero(), batch.tokens)}
+        return Loss(torch.where(kept, difference, 0.0).abs(), metrics)

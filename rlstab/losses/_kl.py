@@ -136,25 +136,27 @@ class KL(Term):
 
     def loss(self, batch: TokenBatch) -> Loss:
         """The weighted estimate per token."""
-        logp = finite_logp(batch.logp("policy"))
-        log_ratio = logp.detach() - finite_logp(batch.logp(self.reference))
+        logp, reference = finite_logp(batch.logp("policy")), batch.logp(self.reference)
+        log_ratio = logp.detach() - (reference if self.reference in batch.complete else finite_logp(reference))
         if self.weight == "none":
             return self._loss(estimate(self.estimator, log_ratio), logp, batch)
-        log_weight = bounded_log(self.ratio.log_ratio(batch))
-        left_out = missing(batch, self.ratio.against)
-        limit = torch.finfo(log_weight.dtype).max
         moves = self.weight == "differentiable"
         joint = moves and type(self.ratio) is TokenRatio  # one slope, where the sum of two would cancel
-        weighted = weighted_estimate(self.estimator, log_ratio, torch.where(left_out, -limit, log_weight), joint=joint)
+        log_weight = self.ratio.log_ratio(batch)
+        log_weight = bounded_log(log_weight if moves and not joint else log_weight.detach())  # sg(w)
+        against, limit = self.ratio.against, torch.finfo(log_weight.dtype).max
+        all_drawn = against in batch.complete
+        drawn = log_weight if all_drawn else torch.where(missing(batch, against), -limit, log_weight)
+        weighted = weighted_estimate(self.estimator, log_ratio, drawn, joint=joint)
         values, metrics = self._loss(weighted, logp, batch)
         if moves and not joint:
             values = torch.addcmul(values, weighted.value.clamp(-limit, limit), log_weight - log_weight.detach())
-        name = "unscored" if self.ratio.against == "sampler" else "impossible"
-        return Loss(values, {**metrics, name: Total(left_out.sum())})
+        left_out = Total(batch.nothing if all_drawn else missing(batch, against).count_nonzero())
+        return Loss(values, {**metrics, "unscored" if against == "sampler" else "impossible": left_out})
 
     def _loss(self, found: Estimate, logp: Float[Tensor, "B T"], batch: TokenBatch) -> Loss:
         """A loss with this value and this slope in the log-probs."""
         value, slope = found
-        overflow = Total((value == torch.inf).sum())
-        metrics = {"kl": token_mean(value, batch.token_weight), "overflow": overflow}
+        overflow = Total(value.isposinf().count_nonzero())
+        metrics = {"kl": token_mean(value, batch), "overflow": overflow}
         return Loss(torch.addcmul(value, slope, logp - logp.detach()), metrics)

@@ -55,17 +55,18 @@ class Mean:
 
     def reduce(self, loss: Float[Tensor, "B T"] | Float[Tensor, "B"], batch: TokenBatch) -> Float[Tensor, ""]:
         """This micro-batch's share of the mean: shares of a scope add up to it."""
-        count = batch.count(self.over)
         if loss.dim() == 1:
             if self.unit != "sequence":
                 raise ShapeError(f"a loss with one value per row has no mean over {self.unit!r}: use .mean('sequence')")
-            return loss.sum() / _or_one(count.sequences)
+            return loss.sum() / _or_one(batch.count(self.over).sequences)
         masked = loss * batch.token_weight
         if self.unit == "token":
-            return masked.sum() / _or_one(count.tokens)
+            return masked.sum() / _tokens(batch, self.over)
+        sequences = _or_one(batch.count(self.over).sequences)
         if self.unit == "sequence":
-            return (masked.sum(-1) / batch.row_tokens.clamp(min=1)).sum() / _or_one(count.sequences)
-        return masked.sum() / (_or_one(count.sequences) * self.unit)
+            lengths = batch.once("divisors of rows", lambda batch: batch.row_tokens.clamp(min=1))
+            return (masked.sum(-1) / lengths).sum() / sequences
+        return masked.sum() / (sequences * self.unit)
 
 
 class BoundMean(Mean):
@@ -103,6 +104,13 @@ class MeanField:
                 "or call .mean('token') on the term"
             )
         term.__dict__["_mean"] = BoundMean(value, term)
+
+
+def _tokens(batch: TokenBatch, over: str) -> Tensor | float:
+    tokens = batch.count(over).tokens
+    if not isinstance(tokens, Tensor):
+        return _or_one(tokens)
+    return batch.once(f"divisor over {over}", lambda _: tokens.clamp(min=SMALLEST))
 
 
 def _or_one(count: Tensor | float) -> Tensor | float:

@@ -75,7 +75,7 @@ def _missing(batch: TokenBatch, source: str) -> Bool[Tensor, "B T"]:
     return ~(logp > -torch.inf) if source == "sampler" else logp.isneginf()
 
 
-def leave_out(values: Float[Tensor, "B T"], batch: TokenBatch, source: str) -> Float[Tensor, "B T"]:
+def leave_out(values: Float[Tensor, "B #T"], batch: TokenBatch, source: str) -> Float[Tensor, "B #T"]:
     """`values`, but 0 without gradient at the tokens that are `missing` from a source.
 
     >>> batch = TokenBatch(mask=torch.ones(1, 2), logps={"old": torch.tensor([[-1.0, -torch.inf]])})

@@ -5,16 +5,15 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rlstab.batch import LogProbs, Requirement, TokenBatch
 from rlstab.errors import ConfigError
 from rlstab.losses._checks import check_bounds, check_choice, check_positive
-from rlstab.losses._metrics import Max, Metric, Sum, Total, mask_like, masked_max, masked_min
+from rlstab.losses._metrics import Max, Metric, Min, Sum, Total, mask_like, masked_max, masked_min
 from rlstab.losses._parts import part_name
-from rlstab.losses._ratio import missing, ratio_of
+from rlstab.losses._ratio import leave_out, missing, ratio_of
 from rlstab.losses._weight import Factor, Weight
 
 Unscored = Literal["drop", "keep"]
@@ -31,6 +30,7 @@ class SamplerWeight(Weight):
 
     Metrics: `unscored`, the number of such tokens.
 
+    >>> import torch
     >>> @dataclass(frozen=True, kw_only=True)
     ... class Agreed(SamplerWeight):
     ...     def weigh(self, batch: TokenBatch) -> tuple[Tensor, dict[str, Metric]]:
@@ -57,7 +57,7 @@ class SamplerWeight(Weight):
 
     def drop_unscored(self, values: Float[Tensor, "B #T"], batch: TokenBatch) -> Float[Tensor, "B #T"]:
         """`values` without the tokens that have no score, unless they are kept."""
-        return values * self.scored(batch) if self.unscored == "drop" else values
+        return leave_out(values, batch, "sampler") if self.unscored == "drop" else values
 
     @abstractmethod
     def weigh(self, batch: TokenBatch) -> tuple[Float[Tensor, "B #T"], dict[str, Metric]]:
@@ -69,16 +69,19 @@ class SamplerWeight(Weight):
 
     def counted(self, batch: TokenBatch) -> Bool[Tensor, "B T"]:
         """Tokens of the loss that have a score."""
+        if "sampler" in batch.complete:
+            return batch.loss_mask
         return batch.once("counted", lambda batch: batch.loss_mask & self.scored(batch))
 
     def unscored_tokens(self, batch: TokenBatch) -> Total:
         """How many tokens of the loss have no score."""
+        if "sampler" in batch.complete:
+            return Total(batch.nothing)
         return Total(batch.tokens - self.counted(batch).sum())
 
     def log_rho(self, batch: TokenBatch) -> Float[Tensor, "B T"]:
         """The raw log-ratio; 0 outside the loss and where there is no score."""
-        log_rho = batch.logp("old") - batch.logp("sampler")
-        return torch.where(self.counted(batch), log_rho, 0.0)
+        return leave_out(batch.logp("old") - batch.logp("sampler"), batch, "sampler")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +99,7 @@ class SamplerCorrection(SamplerWeight):
     the correction, `mean`, `min`, `max` after it, and `changed`, the share that the bounds changed; all over tokens
     with a score (sequence level: rows).
 
+    >>> import torch
     >>> @dataclass(frozen=True, kw_only=True)
     ... class Rooted(SamplerCorrection):
     ...     max: float | None = 2.0
@@ -122,15 +126,17 @@ class SamplerCorrection(SamplerWeight):
 
     def weigh(self, batch: TokenBatch) -> tuple[Float[Tensor, "B #T"], dict[str, Metric]]:
         """The corrected ratio per token or per row."""
-        rho = self.rho(batch)
+        rho, name = self.rho(batch), part_name(self)
         weight = self.correct(rho)
-        mask, name = mask_like(rho, self.counted(batch)), part_name(self)
-        ones = mask.to(rho.dtype)
-        count = ones.sum()
+        mask = mask_like(rho, self.counted(batch))
+        whole = mask is batch.loss_mask
+        ones = batch.token_weight if whole else mask.to(rho.dtype)
+        count = batch.tokens if whole else ones.sum()
+        beyond = ones.reciprocal() - 1  # 0 where there is a ratio, else infinite
         return weight, {
-            **_spread(f"{name}/raw_", rho, mask, ones, count),
-            **_spread(f"{name}/", weight, mask, ones, count),
-            f"{name}/changed": Sum((mask & (weight != rho)).sum(), count),
+            **_spread(f"{name}/raw_", rho, ones, beyond, count),
+            **_spread(f"{name}/", weight, ones, beyond, count),
+            f"{name}/changed": Sum((mask & (weight != rho)).count_nonzero(), count),
             "unscored": self.unscored_tokens(batch),
         }
 
@@ -289,10 +295,10 @@ class Veto(SamplerWeight):
         }
 
 
-def _spread(prefix: str, ratios: Tensor, mask: Tensor, ones: Tensor, count: Tensor) -> dict[str, Metric]:
+def _spread(prefix: str, ratios: Tensor, ones: Tensor, beyond: Tensor, count: Tensor) -> dict[str, Metric]:
     counted = ratios * ones
     return {
         f"{prefix}mean": Sum(counted.sum(), count),
-        f"{prefix}min": masked_min(ratios, mask),
+        f"{prefix}min": Min((ratios + beyond).amin()),
         f"{prefix}max": Max(counted.amax()),
     }
