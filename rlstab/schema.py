@@ -466,6 +466,105 @@ _MODEL = (
     ),
 )
 
+_ROUTED = "every step of a mixture of experts whose routes are recorded or replayed"
+_BROUGHT = "every step whose completions brought routes along"
+_SHIFTED = "every step whose objective reads the router shift"
+
+_ROUTES = (
+    Signal(
+        "routes/flip_share",
+        "share of the (token, layer) pairs that ran other experts than the route that came with the token: 0 under "
+        "replay",
+        formula="mean[experts run ≠ experts brought, as sets]",
+        unit="fraction",
+        direction="lower",
+        cadence=_BROUGHT,
+    ),
+    Signal(
+        "routes/own_flip_share",
+        "share of the (token, layer) pairs at which the trainer's routers would choose otherwise",
+        formula="mean[trainer's choice ≠ experts brought, as sets], given the layers below",
+        unit="fraction",
+        direction="lower",
+        cadence=_BROUGHT,
+    ),
+    Signal(
+        "routes/flipped_layers",
+        "layers per token at which the trainer's routers would choose otherwise",
+        unit="layers",
+        direction="lower",
+        cadence=_BROUGHT,
+    ),
+    Signal(
+        "routes/flipped_tokens",
+        "share of the tokens with such a layer",
+        unit="fraction",
+        direction="lower",
+        cadence=_BROUGHT,
+    ),
+    Signal(
+        "routes/k3_agreeing",
+        "distance of trainer and sampler on tokens whose routes agree in all layers",
+        formula="mean(ρ − 1 − Δ), estimates KL(sampler‖trainer)",
+        unit="nats/token",
+        direction="lower",
+        cadence=_BROUGHT,
+    ),
+    Signal(
+        "routes/k3_flipped",
+        "distance of trainer and sampler on the other tokens",
+        formula="mean(ρ − 1 − Δ), estimates KL(sampler‖trainer)",
+        unit="nats/token",
+        direction="lower",
+        cadence=_BROUGHT,
+    ),
+    Signal(
+        "routes/load_entropy",
+        "how evenly the experts are used, mean over the layers: 1 if all get as many tokens, 0 if one gets all",
+        formula="H(load of the layer) / ln E",
+        direction="higher",
+        cadence=_ROUTED,
+    ),
+    Signal(
+        "routes/load_entropy_min",
+        "the same in the layer that uses its experts least evenly",
+        direction="higher",
+        reduction="min",
+        cadence=_ROUTED,
+    ),
+    Signal(
+        "routes/dead_experts",
+        "experts, over all layers, that got no token of the step",
+        unit="experts",
+        direction="lower",
+        reduction="max",
+        cadence=_ROUTED,
+    ),
+    Signal(
+        "routes/shift",
+        "router-shift ratio: how little the routers have moved since the old policy, before any floor",
+        formula="mean exp(−mean_{l,k} |log r − log r_old|) at the old policy's experts",
+        direction="higher",
+        cadence=_SHIFTED,
+    ),
+    Signal("routes/shift_p10", "10 % quantile of the router-shift ratio", direction="higher", cadence=_SHIFTED),
+    Signal("routes/shift_p50", "median of the router-shift ratio", direction="higher", cadence=_SHIFTED),
+    Signal(
+        "routes/shift_min",
+        "smallest router-shift ratio of a token",
+        direction="higher",
+        reduction="min",
+        cadence=_SHIFTED,
+    ),
+    Signal(
+        "routes/shift_floored",
+        "share of the tokens whose router-shift ratio is below 0.8, the floor of the paper",
+        unit="fraction",
+        direction="lower",
+        cadence=_SHIFTED,
+    ),
+)
+
 _EVALUATIONS = "at evaluations"
 _EVALUATION_COST = "sampling on the held-out prompts"
 
@@ -529,6 +628,7 @@ SIGNALS: tuple[Signal, ...] = (
     *_DRIFT,
     *_OBJECTIVE,
     *_TRAINING,
+    *_ROUTES,
     *_STEP,
     *_MODEL,
     *_EVALUATION,

@@ -73,6 +73,11 @@ class Engine(ABC):
         """Do its rollouts say which experts every token went to?"""
         return False
 
+    @property
+    def returns_routes(self) -> bool:
+        """Do its rollouts say which experts every token went to?"""
+        return False
+
     @abstractmethod
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
         """Continue every prompt.

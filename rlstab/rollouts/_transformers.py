@@ -128,6 +128,11 @@ class TransformersEngine(Engine):
         """Do its rollouts say which experts every token went to?"""
         return self._routers is not None
 
+    @property
+    def returns_routes(self) -> bool:
+        """Do its rollouts say which experts every token went to?"""
+        return self._routers is not None
+
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
         """Continue every prompt: see `Engine.generate`.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
@@ -110,6 +111,17 @@ class Pass:
         """Raise `RoutingError` unless every router was called, if routes are replayed."""
         if self._replayed is not None:
             self._complete()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within the block, forwards of the model are neither read nor changed: those of a reference, for example."""
+        running = bool(self._handles)
+        self.close()
+        try:
+            yield
+        finally:
+            if running:
+                self.open()
 
     def open(self) -> None:
         """Put the hooks in place."""

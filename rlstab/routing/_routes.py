@@ -114,12 +114,13 @@ class Routes:
         return type(self)(experts=self.experts.to(device), valid=self.valid.to(device), logprobs=logprobs)
 
     @classmethod
-    def padded(cls, rows: Sequence[Routes], mask: Shaped[Tensor, "B T"]) -> Self:
+    def padded(cls, rows: Sequence[Routes], mask: Shaped[Tensor, "B T"], *, partial: bool = False) -> Self:
         """The routes of a padded batch, from those of its rows, whatever side the padding is on.
 
         Args:
             rows: routes of each row: of all its real tokens, or of all but the last, which has none then.
             mask: real tokens of the batch; may be on another device than the routes, which follow it.
+            partial: a row may have routes of its first tokens only, as where a tool wrote the rest.
 
         Returns:
             Routes of `[B, T]`; padding has none.
@@ -135,7 +136,7 @@ class Routes:
         mask = mask.bool()
         tokens, counts = mask.sum(-1).tolist(), [len(row.valid) for row in rows]
         for place, (expected, got) in enumerate(zip(tokens, counts, strict=True)):
-            if got not in (expected, expected - 1):
+            if not (expected - 1 <= got or partial) or got > expected:
                 raise ShapeError(
                     f"routes of row {place}: expected {expected - 1} tokens (prompt and completion but the last) or "
                     f"{expected}, got {got}: the array is truncated, or of another row"

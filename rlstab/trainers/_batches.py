@@ -57,6 +57,7 @@ def token_batch(
     logps: Mapping[str, Tensor] | None = None,
     vocab: Mapping[str, Tensor] | None = None,
     counts: Mapping[str, Count] | None = None,
+    router_log_ratios: Tensor | None = None,
     zeroed: bool = False,
 ) -> TokenBatch:
     """The token batch of a host dictionary: what it carries, plus what was computed for this pass.
@@ -77,6 +78,7 @@ def token_batch(
         vocab=vocab or {},
         parts={key.removeprefix(PART): value for key, value in inputs.items() if key.startswith(PART)},
         counts=counts or {},
+        router_log_ratios=router_log_ratios,
         zeroed=zeroed,
         complete=frozenset(source for source in carried if COMPLETE + source in inputs),
     )

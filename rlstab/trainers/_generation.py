@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rlstab.errors import ConfigError
-from rlstab.rollouts import Engine, ModelWeights, Request, Sampling
+from rlstab.rollouts import Engine, ModelWeights, Request, Rollout, Sampling
 
 __all__ = ["EngineFactory", "Generation"]
 
@@ -38,6 +38,8 @@ class Generation:
                 "the engine with them"
             )
         self._trainer = trainer
+        #: What the latest call returned.
+        self.rollouts: list[Rollout] = []
         policy = trainer.accelerator.unwrap_model(trainer.model)
         self.engine = engine if isinstance(engine, Engine) else engine(policy, trainer.processing_class)
         self._sampling = Sampling(
@@ -55,5 +57,5 @@ class Generation:
         if self.engine.weight_version != step or not self.engine.shares_weights:
             policy = self._trainer.accelerator.unwrap_model(self._trainer.model)
             self.engine.sync_weights(ModelWeights(policy), version=step)
-        rollouts = self.engine.generate([Request(prompt_ids=ids) for ids in prompt_ids], self._sampling)
-        return [r.token_ids.tolist() for r in rollouts], [r.logprobs.tolist() for r in rollouts]
+        self.rollouts = self.engine.generate([Request(prompt_ids=ids) for ids in prompt_ids], self._sampling)
+        return [r.token_ids.tolist() for r in self.rollouts], [r.logprobs.tolist() for r in self.rollouts]

@@ -33,6 +33,7 @@ from rlstab.trainers._host import GRPOConfig, GRPOTrainer, disable_gradient_chec
 from rlstab.trainers._log import MetricLog, Numbers, merged
 from rlstab.trainers._recorder import Recorder
 from rlstab.trainers._references import References
+from rlstab.trainers._routing import Replay, routing_of
 from rlstab.trainers._signals import Signals
 from rlstab.trainers._skip import infinite_terms, skip_update
 
@@ -65,6 +66,8 @@ class StableGRPOTrainer(GRPOTrainer):
         run: run folder to write metrics, sampled completions and events into.
         engine: what samples the completions, or what makes it from policy and tokenizer, such as `TransformersEngine`:
             the sampler's log-probs then come back with every token. Default: the host's generation.
+        replay: for a mixture of experts, whose expert choices every pass of the policy takes: `R3` those of the engine
+            that sampled, `R2` those of the policy at the start of the batch. Default: its own.
         skip_overflow: leave out the update of a step in which a term is `+inf` at some token, as an exact divergence is
             from a reference that excludes what the policy does not. Not with DeepSpeed.
         *others: further arguments of the host by position, from `train_dataset` on.
@@ -103,6 +106,7 @@ class StableGRPOTrainer(GRPOTrainer):
         run: RunFolder | None = None,
         engine: Engine | EngineFactory | None = None,
         skip_overflow: bool = True,
+        replay: Replay | None = None,
         **host: Any,
     ) -> None:
         _supply.check_types(model, signals, run, engine)
@@ -138,6 +142,8 @@ class StableGRPOTrainer(GRPOTrainer):
         self._references.prepare(self, model, attach)
         self._exact = ExactPass(self, self._references, streaming, exact) if exact else None
         self._generation = Generation(self, engine) if engine is not None else None
+        self._routing = routing_of(self, replay, self._needs)
+        self._references.aside = self._routing.aside
         _supply.check_supply(self)
         if objective is not None:
             _arguments.notice_inert_parts(self.objective, args)
@@ -175,7 +181,9 @@ class StableGRPOTrainer(GRPOTrainer):
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        with self._routing.generation():
+            output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        self._routing.finish(output)
         rows = output["completion_ids"].size(0)
         training = self.model.training
         size = self.num_generations if training else self.num_generations_eval
@@ -213,7 +221,12 @@ class StableGRPOTrainer(GRPOTrainer):
             )
         if images is not None:
             raise ConfigError("engine=... takes no image inputs yet: leave it unset, the host generates with images")
-        return self._generation(prompt_ids)
+        sampled = self._generation(prompt_ids)
+        self._routing.collect(self._generation.rollouts)
+        return sampled
+
+    def _get_per_token_logps_and_entropies(self, *call: Any, **named: Any) -> Any:
+        return self._routing.score(super()._get_per_token_logps_and_entropies, *call, **named)
 
     def _total_rewards(self) -> Tensor:
         assert self._reward_matrix is not None
@@ -314,7 +327,7 @@ class StableGRPOTrainer(GRPOTrainer):
         if VocabStat("entropy") not in needs and self._fresh and "old_per_token_logps" in inputs:
             return {"logps": {"policy": inputs["old_per_token_logps"]}}
         chunk = self.args.per_device_train_batch_size
-        with torch.no_grad(), self._without_checkpointing():
+        with torch.no_grad(), self._without_checkpointing(), self._routing.replayed(inputs):
             logps, entropies, _ = self._get_per_token_logps_and_entropies(
                 self.model, **_batches.model_inputs(inputs), batch_size=chunk, compute_entropy=True
             )
@@ -332,6 +345,7 @@ class StableGRPOTrainer(GRPOTrainer):
     # ------------------------------------------------------------------ phase 3: a micro-batch
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        self._routing.open(inputs)
         if self._exact is not None:
             logps, vocab, aux_loss = self._exact(model, inputs, aux_loss=self.aux_loss_enabled)
         else:
@@ -344,12 +358,15 @@ class StableGRPOTrainer(GRPOTrainer):
             logps={"policy": logps},
             vocab=vocab,
             counts=self._counts(inputs),
+            router_log_ratios=self._routing.moved(inputs),
             zeroed=self._exact is not None or "tool_mask" not in inputs,  # the host scores tokens of tools
         )
         result = self.objective(batch)
         loss = result.loss
         if aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * aux_loss / self._accumulation()
+        if model.training:
+            self._routing.measure(inputs, batch)
         self._measure(result, batch, aux_loss)
         return loss
 
@@ -379,6 +396,7 @@ class StableGRPOTrainer(GRPOTrainer):
         if aux_loss is not None:
             metrics["train/aux_loss"] = Sum(aux_loss.detach(), torch.ones_like(aux_loss))
         if not self.model.training:
+            self._routing.close()
             evaluation = MetricLog(self.accelerator)
             evaluation.add(metrics)
             of_batch = evaluation.collect()
@@ -405,7 +423,10 @@ class StableGRPOTrainer(GRPOTrainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch, as the host does it; the last of a step also closes the step's measurements."""
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        try:
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self._routing.close()
         if self.accelerator.sync_gradients:
             self._close_step()
         return loss
@@ -425,7 +446,7 @@ class StableGRPOTrainer(GRPOTrainer):
         infinite = infinite_terms(self.objective, by_term) if self._skip_overflow else []
         if infinite and skip_update(self, infinite):
             self._recorder.event("step_skipped", terms=infinite, reason="+inf")
-        values |= self._mismatch.collect()
+        values |= self._mismatch.collect() | self._routing.values()
         if self.signals.drift and (step - 1) % self.signals.drift_every == 0:
             values |= self._drift.measure(self._window())
         self.objective.observe(step, by_term)

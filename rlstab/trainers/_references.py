@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -43,6 +43,8 @@ class References:
         self.sources = sources | parked
         self.parked = set() if peft else parked - sources
         self.peft = peft
+        #: Entered while a reference runs, by whoever has changed how the policy's forward works.
+        self.aside: Callable[[], AbstractContextManager[None]] = nullcontext
         self._models: dict[str, Any] = {}
         if not peft and isinstance(model, nn.Module):
             self._models = {source: _copy(model, park=source in self.parked) for source in sorted(self.sources)}
@@ -79,7 +81,7 @@ class References:
         adapter: Any = nullcontext()
         if self.peft:
             adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
-        with adapter, torch.no_grad():
+        with adapter, torch.no_grad(), self.aside():
             if source in self.parked:
                 yield self._models[source].to(accelerator.device)
                 self._models[source].to("cpu")
