@@ -1,4 +1,4 @@
-"""Worked examples of detectors and probes (`tests/vectors/moe_monitors_optim.json`), and which of them are claimed."""
+"""Worked examples of detectors, probes and optimizers (`tests/vectors/moe_monitors_optim.json`), and which of them are claimed."""
 
 import json
 from pathlib import Path
@@ -12,6 +12,9 @@ CLAIMED = {
     "mismatch": "tests/monitors/test_mismatch_vectors.py",
     "attention_entropy": "tests/probes/test_attention.py",
     "spectral_alignment": "tests/probes/test_spectral.py",
+    "zclip": "tests/optim/test_zclip.py",
+    "stable_spam": "tests/optim/test_spam.py",
+    "spam": "tests/optim/test_spam.py",
 }
 
 
