@@ -1,0 +1,255 @@
+"""The guard: snapshots are exact, going back is in place and bounded, and a run that was hurt recovers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import assert_same_weights, run_folder, trainer_of, weights
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback
+from watched_hosts import host
+
+from rlstab.errors import ConfigError
+from rlstab.losses import ClippedSurrogate, EntropyBonus, Linear, Objective
+from rlstab.monitors import Level, RollBack, Rule, Scale
+from rlstab.record import RunFolder
+from rlstab.trainers import Guard, watch
+from rlstab.trainers._guard import Ring, Snapshot, restore, take
+
+BAD_LOSS = Rule(
+    signal="step/loss",
+    detector=Level(above=4.0, steps=1),
+    severity="critical",
+    action=RollBack(remedy=None),
+    cause="numerics",
+)
+
+
+class Loop:
+    """A training loop whose every step draws random numbers."""
+
+    def __init__(self, make: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW, **arguments: Any) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
+        self.model[0].bias.requires_grad_(False)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = make([{"params": trained[:2]}, {"params": trained[2:], "lr": 0.05}], lr=0.1, **arguments)
+        self.scheduler = LambdaLR(self.optimizer, lambda step: 1 / (1 + step))
+
+    def run(self, steps: int) -> list[float]:
+        losses = []
+        for _ in range(steps):
+            self.optimizer.zero_grad()
+            loss = self.model(torch.randn(16, 4)).square().mean()
+            loss.backward()
+            self.optimizer.step()
+            self.scheduler.step()
+            losses.append(loss.item())
+        return losses
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        Loop,
+        lambda: Loop(torch.optim.SGD, momentum=0.9),
+        lambda: Loop(torch.optim.Adam, amsgrad=True),
+        lambda: Loop(torch.optim.AdamW, fused=True),
+    ],
+    ids=["adamw", "sgd", "amsgrad", "fused"],
+)
+@pytest.mark.parametrize("before", [0, 3])
+def test_what_follows_a_restore_is_what_followed_the_snapshot(loop: Callable[[], Loop], before: int) -> None:
+    run = loop()
+    run.run(before)
+    snapshot = take(before, run.model, run.optimizer, run.scheduler, {})
+    tensors = {name: tensor.data_ptr() for name, tensor in run.model.named_parameters()}
+    expected = run.run(4)
+    after = run.state()
+    run.run(2)
+    for _ in range(2):  # a snapshot is not used up
+        restore(snapshot, run.model, run.optimizer, run.scheduler)
+        assert run.run(4) == expected
+        assert_same_weights(run.state(), after)
+    assert {name: tensor.data_ptr() for name, tensor in run.model.named_parameters()} == tensors
+
+
+def test_frozen_weights_are_not_copied() -> None:
+    run = Loop()
+    snapshot = take(0, run.model, run.optimizer, run.scheduler, {})
+    assert "0.bias" not in snapshot.weights
+    assert {"0.weight", "1.running_mean"} <= snapshot.weights.keys()
+
+
+def snapshots(*steps: int) -> list[Snapshot]:
+    run = Loop()
+    return [take(step, run.model, run.optimizer, run.scheduler, {}) for step in steps]
+
+
+def test_the_ring_is_bounded_and_goes_further_back_each_time() -> None:
+    ring = Ring(3)
+    for snapshot in snapshots(0, 10, 20, 30):
+        ring.add(snapshot)
+    assert ring.steps == [10, 20, 30]
+    assert ring.before(25).step == 20
+    assert ring.before(26).step == 10
+    assert ring.before(27).step == 10
+
+
+def test_without_an_older_one_the_oldest_is_taken() -> None:
+    ring = Ring(2)
+    for snapshot in snapshots(10, 20):
+        ring.add(snapshot)
+    assert ring.before(5).step == 10
+    assert ring.steps == [10]
+
+
+# ---------------------------------------------------------------------- trainers
+
+
+class Hurt(TrainerCallback):
+    """Adds noise to the weights after some steps, as a spike would that nothing stopped."""
+
+    def __init__(self, *steps: int, size: float = 1.0) -> None:
+        self.steps, self.size = steps, size
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 in self.steps:
+            generator = torch.Generator().manual_seed(0)
+            for parameter in kwargs["model"].parameters():
+                parameter.data += self.size * torch.randn(parameter.shape, generator=generator)
+
+
+def events(run: RunFolder, kind: str) -> list[Mapping[str, Any]]:
+    return [{"step": event.step, **event.fields} for event in run.events().rows if event.kind == kind]
+
+
+def losses(trainer: Any) -> list[float]:
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def test_a_hurt_run_recovers_under_the_guard(tmp_path: Path) -> None:
+    """The same fault in the same run: alone, guarded, and the run that was never hurt."""
+    ends = {}
+    for name in ("healthy", "alone", "guarded"):
+        trainer = host("SFT", tmp_path / name, max_steps=24, lr_scheduler_type="constant")
+        run = run_folder(tmp_path / f"run-{name}")
+        if name != "healthy":
+            trainer.add_callback(Hurt(10))
+        if name == "guarded":
+            watch(trainer, [BAD_LOSS], guard=Guard(every=3), run=run)
+        trainer.train()
+        ends[name] = sum(losses(trainer)[-3:]) / 3
+        assert trainer.state.global_step == 24
+    assert ends["healthy"] < 2.5
+    assert ends["alone"] > 4
+    assert ends["guarded"] < ends["healthy"] + 0.1
+    (back,) = events(run, "rolled_back")
+    assert (back["step"], back["to"]) == (11, 9)
+
+
+def test_the_data_goes_forward(tmp_path: Path) -> None:
+    """Going back at once to the snapshot before loses the update and not its place in the data."""
+    trainer = host("SFT", tmp_path / "a", max_steps=4, lr_scheduler_type="constant")
+    seen: list[Tensor] = []
+    trainer.model.register_forward_pre_hook(lambda m, a, k: seen.append(k["input_ids"].clone()), with_kwargs=True)
+    trainer.add_callback(Hurt(2))
+    watch(trainer, [BAD_LOSS], guard=Guard(every=1))
+    trainer.train()
+    assert len(seen) == 4
+    assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
+def test_rollbacks_are_bounded_and_then_the_run_stops(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run")
+    trainer = host("SFT", tmp_path, max_steps=12, lr_scheduler_type="constant")
+    rule = Rule(signal="step/loss", detector=Level(above=-1.0, steps=1), action=RollBack(), cause="numerics")
+    watch(trainer, [rule], guard=Guard(most=2), run=run)
+    start = weights(trainer)
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert [event["step"] for event in events(run, "rolled_back")] == [1, 2]
+    assert [event["products"] for event in events(run, "rolled_back")] == [
+        {"learning_rate": 0.5},
+        {"learning_rate": 0.25},
+    ]
+    (stopped,) = events(run, "stopped")
+    assert "after 2 rollbacks (Guard.most)" in stopped["reason"]
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(5e-3 / 4)
+    assert not all(torch.equal(start[name], value) for name, value in weights(trainer).items())
+
+
+def test_snapshots_are_taken_only_while_healthy(tmp_path: Path) -> None:
+    trainer = host("SFT", tmp_path, max_steps=6)
+    rules = [Rule(signal="step/loss", detector=Level(above=-1.0, steps=4), cause="numerics")]
+    watcher = watch(trainer, rules, guard=Guard(every=1, keep=10))
+    trainer.train()
+    assert watcher._ring.steps == [0, 1, 2, 3]
+
+
+def test_rollouts_in_use_are_dropped(tmp_path: Path) -> None:
+    """Four steps per generation: after going back at the second one the rest of the generation is not trained on."""
+    generations = {}
+    for name in ("plain", "guarded"):
+        trainer = host("GRPO", tmp_path / name, max_steps=4, steps_per_generation=4)
+        steps: list[int] = []
+        generate = trainer._generate_and_score_completions
+
+        def counted(inputs: Any, of: Any = generate, at: list[int] = steps, owner: Any = trainer) -> Any:
+            at.append(owner.state.global_step)
+            return of(inputs)
+
+        trainer._generate_and_score_completions = counted
+        if name == "guarded":
+            rule = Rule(signal="policy/entropy", detector=Level(above=0.0, steps=2), action=RollBack(), cause="x")
+            watch(trainer, [rule], guard=Guard(most=1))
+        trainer.train()
+        generations[name] = steps
+    assert generations["plain"] == [0]
+    assert generations["guarded"][:2] == [0, 2]
+
+
+def test_controllers_and_coefficients_go_back(tmp_path: Path) -> None:
+    objective = Objective(
+        policy=ClippedSurrogate(),
+        entropy=EntropyBonus(coef=Linear(start=0.01, end=0.05, steps=4)),
+        extra=EntropyBonus(),
+    )
+    trainer = trainer_of(tmp_path, objective, settings={"max_steps": 3, "lr_scheduler_type": "constant"})
+    remedy = Scale(target="coefficient/extra", factor=2.0)
+    rule = Rule(signal="step/loss", detector=Level(above=-1e9, steps=3), action=RollBack(remedy=remedy), cause="x")
+    watch(trainer, [rule], guard=Guard(every=2))
+    trainer.train()
+    fresh = Linear(start=0.01, end=0.05, steps=4)
+    assert trainer.objective.state_dict()["entropy"] == fresh.state_dict()
+    assert float(trainer.objective.terms["extra"].coefficient) == 2.0
+
+
+def test_a_resumed_guard_remembers_how_often_it_went_back(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    rule = Rule(signal="step/loss", detector=Level(above=-1.0, steps=1), action=RollBack(), cause="numerics")
+
+    def trained(resume: str | None, steps: int) -> Any:
+        trainer = host("SFT", tmp_path, max_steps=steps, **saving)
+        watch(trainer, [rule], guard=Guard(most=2))
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    trained(None, 2)
+    resumed = trained(str(tmp_path / "checkpoint-2"), 8)
+    assert resumed.state.global_step == 3
+    assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(5e-3 / 4)
+
+
+@pytest.mark.parametrize("name", ["every", "keep", "most"])
+def test_bad_numbers_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"Guard\.{name}: expected at least 1, got 0"):
+        Guard(**{name: 0})
