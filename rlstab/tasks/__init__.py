@@ -1,20 +1,27 @@
 """Tasks: prompts and verifiable rewards with TRL's reward-function signature; the embedded ones need no download."""
 
+from rlstab.tasks._arithmetic import Arithmetic
 from rlstab.tasks._code import UnitTests
 from rlstab.tasks._combined import Gated, Product, Refined, Stage, Stepped
 from rlstab.tasks._countdown import Countdown
 from rlstab.tasks._difficulty_rewards import DifficultyTag, EasyLength
 from rlstab.tasks._format_rewards import Accuracy, MatchesPattern, TagFormat
 from rlstab.tasks._function import FunctionReward
+from rlstab.tasks._hackable import HackableSort, HackableTask, Proxy
 from rlstab.tasks._hub import HubTask
+from rlstab.tasks._knights import KnightsAndKnaves
 from rlstab.tasks._length_rewards import CosineLength, LengthUnit, OverlongPenalty, RelativeLength
+from rlstab.tasks._reasoning_gym import ReasoningGymTask
 from rlstab.tasks._reward import Correct, Reward, RewardBatch, RewardFunction, SampleReward, reward_functions
+from rlstab.tasks._running_sum import RunningSum
 from rlstab.tasks._scorers import ExactAnswer, MathAnswer, Scorer
 from rlstab.tasks._sort_digits import SortDigits
 from rlstab.tasks._task import EmbeddedTask, Messages, Problem, Split, Task, split_of
+from rlstab.tasks._two_skills import TwoSkills
 
 __all__ = [
     "Accuracy",
+    "Arithmetic",
     "Correct",
     "CosineLength",
     "Countdown",
@@ -24,7 +31,10 @@ __all__ = [
     "ExactAnswer",
     "FunctionReward",
     "Gated",
+    "HackableSort",
+    "HackableTask",
     "HubTask",
+    "KnightsAndKnaves",
     "LengthUnit",
     "MatchesPattern",
     "MathAnswer",
@@ -32,11 +42,14 @@ __all__ = [
     "OverlongPenalty",
     "Problem",
     "Product",
+    "Proxy",
+    "ReasoningGymTask",
     "Refined",
     "RelativeLength",
     "Reward",
     "RewardBatch",
     "RewardFunction",
+    "RunningSum",
     "SampleReward",
     "Scorer",
     "SortDigits",
@@ -45,6 +58,7 @@ __all__ = [
     "Stepped",
     "TagFormat",
     "Task",
+    "TwoSkills",
     "UnitTests",
     "reward_functions",
     "split_of",

@@ -7,7 +7,7 @@ from typing import Literal, final
 
 from rlstab.errors import ConfigError
 from rlstab.tasks._reward import Reward, RewardBatch, SampleReward
-from rlstab.tasks._scorers import Scorer
+from rlstab.tasks._scorers import Scorer, answer_text
 
 __all__ = ["Accuracy", "MatchesPattern", "TagFormat"]
 
@@ -53,7 +53,7 @@ class Accuracy(Reward):
             for index in known
         }
         asked = [index for index in known if given[index] is not None]
-        answers = [str(batch.column(self.column)[index]) for index in asked]
+        answers = [answer_text(batch.column(self.column)[index]) for index in asked]
         verdicts = self.scorer.scores([str(given[index]) for index in asked], answers)
         for index in known:
             scores[index] = 0.0

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetsError
 
 from rlstab.errors import ConfigError
-from rlstab.tasks._scorers import Scorer
+from rlstab.tasks._scorers import Scorer, answer_text
 from rlstab.tasks._task import Split, Task
 
 __all__ = ["HubTask"]
@@ -25,12 +26,13 @@ class HubTask(Task):
         config: configuration of the data set, where it has several.
         revision: commit, tag or branch.
         question: column of the question: text, or messages.
-        answer: column of the answer.
+        answer: column of the answer; a list, such as a program's tests, is joined by line breaks.
         answer_pattern: regular expression found in the answer column; its first group is the answer.
         system: system message before each question.
         chat: whether prompts are messages, for the tokenizer's chat template; else they are plain text.
         train: split to train on, slices as `train[:90%]` included.
         test: split held out.
+        keep: further columns, kept under their names for reward parts that read them.
 
     Raises:
         ConfigError: if training and held-out split are the same, if the pattern has no group, or if plain text is asked
@@ -57,12 +59,15 @@ class HubTask(Task):
     chat: bool = True
     train: str = "train"
     test: str = "test"
+    keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.train == self.test:
             raise ConfigError(f"HubTask: train and test are both {self.train!r}; expected two disjoint splits")
         if self.system is not None and not self.chat:
             raise ConfigError("HubTask: a system message needs chat: true")
+        if {"prompt", "answer"} & set(self.keep):
+            raise ConfigError(f"HubTask: keep {self.keep}; expected other columns than 'prompt' and 'answer'")
         try:
             groups = 1 if self.answer_pattern is None else re.compile(self.answer_pattern).groups
         except re.error as error:
@@ -75,14 +80,14 @@ class HubTask(Task):
             )
 
     def prompts(self, n: int, *, split: Split = "train", seed: int = 0) -> Dataset:
-        """`n` rows of a split in a random order, with columns `prompt` and `answer`.
+        """`n` rows of a split in a random order, with columns `prompt`, `answer` and those to `keep`.
 
         Raises:
             ConfigError: if the data set cannot be loaded, lacks a column or has fewer rows, or if an answer does not
                 match the pattern.
         """
         rows = self._load(self.train if split == "train" else self.test)
-        missing = [column for column in (self.question, self.answer) if column not in rows.column_names]
+        missing = [column for column in (self.question, self.answer, *self.keep) if column not in rows.column_names]
         if missing:
             raise ConfigError(f"HubTask: {self.dataset} has no column {missing[0]!r}; there are {rows.column_names}")
         if not 1 <= n <= len(rows):
@@ -91,7 +96,9 @@ class HubTask(Task):
             )
         chosen = rows.shuffle(seed=seed).select(range(n))
         prompts = [self._prompt(question) for question in chosen[self.question]]
-        return Dataset.from_dict({"prompt": prompts, "answer": [self._answer(text) for text in chosen[self.answer]]})
+        answers = [self._answer(text) for text in chosen[self.answer]]
+        kept = {column: chosen[column][:] for column in self.keep}
+        return Dataset.from_dict({"prompt": prompts, "answer": answers, **kept})
 
     def score(self, completion: str, row: Mapping[str, Any]) -> float | None:
         """The scorer's verdict."""
@@ -104,7 +111,7 @@ class HubTask(Task):
     def _load(self, split: str) -> Dataset:
         try:
             return load_dataset(self.dataset, self.config, split=split, revision=self.revision)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, DatasetsError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(
                 f"HubTask: split {split!r} of dataset {self.dataset!r} cannot be loaded: {reason}"
@@ -118,7 +125,7 @@ class HubTask(Task):
 
     def _answer(self, text: Any) -> str:
         if self.answer_pattern is None:
-            return str(text)
+            return answer_text(text)
         found = re.search(self.answer_pattern, str(text))
         if found is None:
             raise ConfigError(f"HubTask: answer_pattern {self.answer_pattern!r} is not found in the answer {text!r}")

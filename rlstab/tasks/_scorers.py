@@ -11,9 +11,18 @@ from rlstab.errors import ConfigError, RewardError
 from rlstab.tasks._checks import check_fields
 from rlstab.tasks._worker import worker
 
-__all__ = ["ExactAnswer", "MathAnswer", "Scorer"]
+__all__ = ["ExactAnswer", "MathAnswer", "Scorer", "answer_text"]
 
 MATH = str(Path(__file__).with_name("_math_main.py"))
+
+
+def answer_text(value: object) -> str:
+    r"""A right answer as text: of several, as the tests of a program, one on each line.
+
+    >>> answer_text(["assert f(1) == 1", "assert f(2) == 4"])
+    'assert f(1) == 1\nassert f(2) == 4'
+    """
+    return "\n".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 class Scorer(ABC):

@@ -4,7 +4,7 @@ import hashlib
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final, get_args
 
@@ -213,7 +213,10 @@ class EmbeddedTask(Task):
         True
     """
 
-    alphabet: ClassVar[str]
+    @property
+    @abstractmethod
+    def alphabet(self) -> str:
+        """The characters of prompts and completions, each once."""
 
     @property
     @abstractmethod
@@ -245,7 +248,8 @@ class EmbeddedTask(Task):
         Raises:
             ConfigError: if `n` is not positive or the split is unknown.
         """
-        problems = self._problems(n, split=split, rng=random.Random(f"{self.name} prompts {split} {seed}"))
+        rng = random.Random(f"{self.name} prompts {split} {seed}")
+        problems = self._problems(n, split=split, rng=rng, draw=self._drawn_from(split))
         answers = {column: [problem.answer[column] for problem in problems] for column in self.answer_columns}
         return Dataset.from_dict({"prompt": [problem.prompt for problem in problems], **answers})
 
@@ -268,21 +272,27 @@ class EmbeddedTask(Task):
         if not 0.0 <= noise <= 1.0:
             raise ConfigError(f"task {self.name}: noise {noise}; expected a probability between 0 and 1")
         rng = random.Random(f"{self.name} demonstrations {seed}")
-        problems = self._problems(n, split="train", rng=rng)
+        problems = self._problems(n, split="train", rng=rng, draw=self.draw)
         completions = [
             _with_one_wrong_digit(problem.solution, rng) if rng.random() < noise else problem.solution
             for problem in problems
         ]
         return Dataset.from_dict({"prompt": [problem.prompt for problem in problems], "completion": completions})
 
-    def _problems(self, n: int, *, split: Split, rng: random.Random) -> list[Problem]:
+    def _drawn_from(self, split: Split) -> Callable[[random.Random], Problem]:
+        """What draws the problems that are asked in a split; a hook for tasks that ask other ones than they show."""
+        return self.draw
+
+    def _problems(
+        self, n: int, *, split: Split, rng: random.Random, draw: Callable[[random.Random], Problem]
+    ) -> list[Problem]:
         if n < 1:
             raise ConfigError(f"task {self.name}: n {n}; expected at least 1")
         if split not in get_args(Split):
             raise ConfigError(f"task {self.name}: split {split!r}; expected one of {get_args(Split)}")
         problems: list[Problem] = []
         while len(problems) < n:
-            problem = self.draw(rng)
+            problem = draw(rng)
             if split_of(problem.key) == split:
                 problems.append(problem)
         return problems

@@ -46,6 +46,20 @@ def test_splits_are_held_apart(folder: Path) -> None:
     assert {int(answer) for answer in answers} == set(range(101, 121))
 
 
+def test_further_columns_are_kept(folder: Path) -> None:
+    rows = task(folder, keep=("q",)).prompts(5)
+    assert rows.column_names == ["prompt", "answer", "q"]
+    assert rows["q"][:] == [prompt[0]["content"] for prompt in rows["prompt"]]
+
+
+def test_a_list_of_answers_becomes_lines(folder: Path) -> None:
+    rows = [{"q": "f?", "a": ["assert f(1)", "assert f(2)"]}]
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (answer,) = task(folder, answer_pattern=None).prompts(1)["answer"]
+    assert answer == "assert f(1)\nassert f(2)"
+
+
 def test_slices_of_one_split(folder: Path) -> None:
     own = task(folder, train="train[:75%]", test="train[75%:]")
     parts = [set(own.prompts(n, split=split)["answer"]) for n, split in ((15, "train"), (5, "test"))]  # type: ignore[arg-type]
@@ -65,6 +79,7 @@ def test_the_scorer_judges(folder: Path) -> None:
         ({"answer_pattern": "####"}, r"answer_pattern '####' has no group"),
         ({"answer_pattern": "("}, r"answer_pattern '\(' is no regular expression"),
         ({"chat": False, "system": "x"}, r"a system message needs chat: true"),
+        ({"keep": ("answer",)}, r"keep \('answer',\); expected other columns than 'prompt' and 'answer'"),
     ],
 )
 def test_settings_that_make_no_sense(folder: Path, changes: dict[str, Any], message: str) -> None:
@@ -84,6 +99,12 @@ def test_settings_that_make_no_sense(folder: Path, changes: dict[str, Any], mess
 def test_data_that_do_not_fit(folder: Path, changes: dict[str, Any], n: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         task(folder, **changes).prompts(n)
+
+
+def test_files_that_do_not_fit_together(folder: Path) -> None:
+    (folder / "test.jsonl").write_text('{"other": [1]}')
+    with pytest.raises(ConfigError, match=r"^HubTask: split 'train' of dataset '.*' cannot be loaded: "):
+        task(folder).prompts(1)
 
 
 def test_no_such_data_set(tmp_path: Path) -> None:
