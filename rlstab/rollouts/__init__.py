@@ -11,6 +11,7 @@ from rlstab.rollouts._request import Request, Sampling, Truncation
 from rlstab.rollouts._rollout import NOT_SAMPLED, FinishReason, Rollout, Timing, Turn, join_turns
 from rlstab.rollouts._store import load_rollouts, save_rollouts
 from rlstab.rollouts._transformers import TransformersEngine
+from rlstab.rollouts._verify import SyncReport, SyncVerifier
 from rlstab.rollouts._vllm import VLLMEngine
 from rlstab.rollouts._weights import ModelWeights, WeightSource
 
@@ -24,6 +25,8 @@ __all__ = [
     "Request",
     "Rollout",
     "Sampling",
+    "SyncReport",
+    "SyncVerifier",
     "Timing",
     "TransformersEngine",
     "Truncation",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -74,9 +75,9 @@ class Engine(ABC):
         return False
 
     @property
-    def returns_routes(self) -> bool:
-        """Do its rollouts say which experts every token went to?"""
-        return False
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights that it samples with."""
 
     @abstractmethod
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:

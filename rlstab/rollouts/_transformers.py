@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, cast, final
 
 import torch
@@ -24,7 +24,7 @@ from rlstab.rollouts._kept import KeptSets
 from rlstab.rollouts._request import Request, Sampling
 from rlstab.rollouts._rollout import Rollout, Timing, Turn
 from rlstab.rollouts._rows import holds_rows
-from rlstab.rollouts._score import sequence_logprobs
+from rlstab.rollouts._score import evaluating, sequence_logprobs
 from rlstab.rollouts._weights import ModelWeights, WeightSource, base_model
 from rlstab.rollouts._whole import WholeBatches
 from rlstab.routing import Pass, Routers
@@ -124,9 +124,9 @@ class TransformersEngine(Engine):
         return self._share
 
     @property
-    def returns_routes(self) -> bool:
-        """Do its rollouts say which experts every token went to?"""
-        return self._routers is not None
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights that it samples with."""
+        return self._model.dtype
 
     @property
     def returns_routes(self) -> bool:
@@ -155,7 +155,7 @@ class TransformersEngine(Engine):
         stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=self._model.device)
         by_rows = [answer for answer in answers if self._by_rows and not answer.features]
         whole = [answer for answer in answers if not self._by_rows or answer.features]
-        with _evaluating(self._model), self._recording() as routed:
+        with evaluating(self._model), self._recording() as routed:
             Decoder(
                 self._model,
                 sampling,
@@ -174,7 +174,7 @@ class TransformersEngine(Engine):
         """Log-probs of given tokens: see `Engine.score`."""
         if self._closed:
             raise EngineError(f"{self._name}: the engine is closed; make a new one")
-        with _evaluating(self._model):
+        with evaluating(self._model):
             return [sequence_logprobs(self._model, sequence) for sequence in sequences]
 
     def sync_weights(self, source: WeightSource, version: int) -> None:
@@ -286,14 +286,3 @@ def _copied(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedMode
     duplicate.requires_grad_(False)
     duplicate.eval()
     return duplicate
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

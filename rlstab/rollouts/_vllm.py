@@ -109,8 +109,8 @@ class VLLMEngine(Engine):
         self._shapes = shapes_of_config(config) if isinstance(model, str) else None
         generation = _generation_config(model, config) if isinstance(model, str) else model.generation_config
         self._stop_ids = _end_of_sequence(generation, tokenizer)
-        precision = dtype or cast("torch.dtype | None", config.dtype) or torch.float32
-        settings = {**_defaults(precision), **arguments}
+        self._dtype = dtype or cast("torch.dtype | None", config.dtype) or torch.float32
+        settings = {**_defaults(self._dtype), **arguments}
         settings |= {} if isinstance(model, str) else {"load_format": "dummy"}
         with _model_folder(model, config) as folder:
             settings["model"] = folder
@@ -140,6 +140,11 @@ class VLLMEngine(Engine):
     def shares_weights(self) -> bool:
         """Never: vLLM has weights of its own."""
         return False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights that it samples with."""
+        return self._dtype
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
         """Continue every prompt: see `Engine.generate`.

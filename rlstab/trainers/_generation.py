@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from rlstab.errors import ConfigError
-from rlstab.rollouts import Engine, ModelWeights, Request, Rollout, Sampling
+from rlstab.models import isolated_rng
+from rlstab.rollouts import Engine, ModelWeights, Request, Rollout, Sampling, SyncVerifier
 
 __all__ = ["EngineFactory", "Generation"]
+
+CHECK_SEED = 0
+CHECKED_PROMPTS = 8
 
 #: Makes an engine for the trainer's policy and tokenizer, once the trainer has prepared them.
 EngineFactory = Callable[[Any, Any], Engine]
@@ -50,12 +56,35 @@ class Generation:
             min_p=trainer.min_p or 0.0,
             stop_ids=tuple(trainer.eos_token_ids),
         )
+        verifies = trainer.signals.sync and not self.engine.shares_weights
+        self._verifier = SyncVerifier(self.engine, policy, self._sampling) if verifies else None
+        self._started = False
 
     def __call__(self, prompt_ids: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[list[float]]]:
         """Completions of the prompts and the log-probs that their tokens were sampled with."""
         step = self._trainer.state.global_step
         if self.engine.weight_version != step or not self.engine.shares_weights:
-            policy = self._trainer.accelerator.unwrap_model(self._trainer.model)
-            self.engine.sync_weights(ModelWeights(policy), version=step)
+            self._sync(prompt_ids, step)
         self.rollouts = self.engine.generate([Request(prompt_ids=ids) for ids in prompt_ids], self._sampling)
         return [r.token_ids.tolist() for r in self.rollouts], [r.logprobs.tolist() for r in self.rollouts]
+
+    def _sync(self, prompt_ids: Sequence[Sequence[int]], step: int) -> None:
+        """Bring the engine to the policy's weights; raises where it does not become the same model."""
+        started = time.perf_counter()
+        if self._verifier is None:
+            policy = self._trainer.accelerator.unwrap_model(self._trainer.model)
+            self.engine.sync_weights(ModelWeights(policy), version=step)
+            return
+        if self._started:
+            report = self._verifier.sync(step)
+        else:
+            with isolated_rng(CHECK_SEED):
+                report = self._verifier.start(_shortest(prompt_ids), step)
+            self._started = True
+        seen = {"engine": self.engine.id, "seconds": time.perf_counter() - started, **dataclasses.asdict(report)}
+        self._trainer._recorder.event("weight_sync", **seen)
+
+
+def _shortest(prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """A few different prompts, which take little time to score."""
+    return sorted({tuple(prompt) for prompt in prompts}, key=lambda prompt: (len(prompt), prompt))[:CHECKED_PROMPTS]

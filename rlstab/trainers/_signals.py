@@ -29,6 +29,8 @@ class Signals:
         drift: measure the exact KL from the policy to `initial` (and to `moving`, where one is kept).
         drift_every: optimizer steps between two measurements of drift.
         drift_positions: most completion positions per measurement, over all ranks (at least one on each).
+        sync: prove at each weight sync that a rollout engine with weights of its own is the same model as the policy
+            (`rlstab.rollouts.SyncVerifier`); where it is not, training stops before the next step.
 
     Measuring drift counts as a part that requires the policy as passed. Under PEFT that is the policy with its adapter
     off. Otherwise, if no term keeps a reference anyway, a copy waits in the CPU's memory and is brought to the device
@@ -42,6 +44,7 @@ class Signals:
     drift: bool = True
     drift_every: int = 10
     drift_positions: int = 64
+    sync: bool = True
 
     def __post_init__(self) -> None:
         for name in ("drift_every", "drift_positions"):
@@ -49,7 +52,7 @@ class Signals:
                 raise ConfigError(f"signals.{name}: expected at least 1, got {self.__dict__[name]}")
 
 
-OFF = Signals(mismatch=False, drift=False)
+OFF = Signals(mismatch=False, drift=False, sync=False)
 POSITIONS_PER_ROW = 4
 DRIFT = ExactDivergence(ReverseKL(), "reference")
 
