@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -84,15 +85,25 @@ class Metrics:
 
     def keys(self) -> tuple[str, ...]:
         """Return every key that occurs, in the order of first occurrence."""
-        return tuple(dict.fromkeys(key for row in self.rows for key in row.values))
+        return tuple(self._columns)
 
     def series(self, key: str) -> Series:
         """Return one metric over the steps at which it was logged; empty where it never was."""
-        found = [(row.step, row.values[key]) for row in self.rows if key in row.values]
-        return Series(
-            np.array([step for step, _ in found], dtype=np.int64),
-            np.array([value for _, value in found], dtype=np.float64),
-        )
+        return self._columns.get(key, Series(np.array([], dtype=np.int64), np.array([], dtype=np.float64)))
+
+    @cached_property
+    def _columns(self) -> dict[str, Series]:
+        """Every metric by key, from one pass over the rows."""
+        found: dict[str, tuple[list[int], list[float]]] = {}
+        for row in self.rows:
+            for key, value in row.values.items():
+                steps, values = found.setdefault(key, ([], []))
+                steps.append(row.step)
+                values.append(value)
+        return {
+            key: Series(np.array(steps, dtype=np.int64), np.array(values, dtype=np.float64))
+            for key, (steps, values) in found.items()
+        }
 
 
 @dataclass(frozen=True)

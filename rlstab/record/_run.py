@@ -78,7 +78,7 @@ class Run:
 
     def has(self, key: str) -> bool:
         """Return whether a metric was ever logged."""
-        return any(key in row.values for row in self.metrics.rows)
+        return len(self.metrics.series(key).steps) > 0
 
     def first_of(self, *keys: str) -> str | None:
         """Return the first of the keys that was logged."""
@@ -93,10 +93,14 @@ class Run:
         if events:
             found = [numbers(event.fields.get("values")) for event in events if event.fields.get("phase") == phase]
             return (found[0] if phase == "before" else found[-1]) if found else {}
-        rows = [
-            {key: value for key, value in row.values.items() if key.startswith("eval/")} for row in self.metrics.rows
+        keys = [key for key in self.metrics.keys() if key.startswith("eval/")]  # noqa: SIM118
+        steps = sorted({int(step) for key in keys for step in self.metrics.series(key).steps})
+        ends = {steps[0], steps[-1]} if steps else set()
+        evaluated = [
+            {key: value for key, value in row.values.items() if key.startswith("eval/")}
+            for row in self.metrics.rows
+            if row.step in ends
         ]
-        evaluated = [row for row in rows if row]
         if not evaluated or (phase == "after" and len(evaluated) == 1):
             return {}
         return evaluated[0 if phase == "before" else -1]

@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import base64
-import json
+import hashlib
+import os
+import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from rlstab.errors import RecordError
-from rlstab.record import Event, Rollout, Run, RunFolder, numbers
+from rlstab.errors import ConfigError, RecordError
+from rlstab.record import Run, RunFolder
+from rlstab.report import _chart, _sections
+from rlstab.report._compare import comparison
 from rlstab.report._css import STYLE
-from rlstab.report._plots import PLOTS, Plot, png
-from rlstab.report._run import known
-from rlstab.report._style import DARK, LIGHT, Palette
-from rlstab.report._summary import amount, change, summarise, title
-from rlstab.report._verdict import missing, verdict
-
-_EVENTS = 200
-_SAMPLES = 8
-_CHARACTERS = 2_000
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-_CLASSES = {"better": "better", "worse": "worse", "not clear": "unclear", "": ""}
-_GOOD = {"higher": "higher is better", "lower": "lower is better", "none": "neither direction is good in itself"}
+from rlstab.report._curves import figures, marks_of
+from rlstab.report._explain import explain
+from rlstab.report._script import SCRIPT
+from rlstab.report._sections import card, folded, section
+from rlstab.report._verdict import missing
 
 
 def write_report(folder: RunFolder) -> Path:
     """Write the report of a run into its folder.
 
-    The page holds its plots and its style, runs no script and loads nothing, so it opens offline and can be sent on. It
-    shows the verdict in words, values before and after, plots, sample completions, events, the configuration, and what
-    each metric means; where data are missing it says which and why.
+    The page holds its charts, its style and one small script that shows the values under the pointer; it loads nothing,
+    so it opens offline and can be sent on. Its policy names style and script by their hashes: nothing else runs,
+    whatever the run holds. It shows the verdict, the causes with their evidence, what happened in order, curves with
+    what happened marked, values before and after, sample completions, the configuration, and what each metric means.
 
     Args:
         folder: The run.
@@ -47,199 +46,139 @@ def write_report(folder: RunFolder) -> Path:
         ...     write_report(RunFolder.create(f"{place}/run", config_text="seed: 0")).name
         'report.html'
     """
-    text = page(Run.of(folder))
+    return write_page([Run.of(folder)], folder.report)
+
+
+def write_page(runs: Sequence[Run], path: str | os.PathLike[str]) -> Path:
+    """Write one page on one run, or on several with what differs between them.
+
+    Args:
+        runs: Of any origin, at least one; the others are compared with the first.
+        path: The file to write; an existing one is replaced, and where it is a link, the link.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        ConfigError: There is no run.
+        RecordError: The file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from rlstab.record import Metrics
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     write_page([Run(name="a", metrics=Metrics(rows=(), torn=0))], f"{place}/a.html").name
+        'a.html'
+    """
+    target, text = Path(path), page(runs)
     try:
-        folder.report.write_text(text, "utf-8")
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=target.parent, delete=False) as file:
+            file.write(text)
+        try:
+            Path(file.name).chmod(0o644)
+            Path(file.name).replace(target)
+        except OSError:
+            Path(file.name).unlink()
+            raise
     except OSError as error:
-        raise RecordError(f"cannot write {folder.report}: {error.strerror}") from error
-    return folder.report
+        raise RecordError(f"cannot write {target}: {error.strerror}") from error
+    return target
 
 
-def page(run: Run) -> str:
-    """Return the page of a run."""
-    name = escape(run.name)
-    sections = (
-        _section("Before and after", _table(run)),
-        _section("Over the steps", _plots(run)),
-        _section("Sample completions", _samples(run)),
-        _section("What is missing", _list(missing(run))),
-        _section("Events", _events(run)),
-        _section("What the metrics mean", _signals(run)),
-        _section("Configuration", _folded("config.yaml", f"<pre>{escape(run.config)}</pre>")),
+@dataclass(frozen=True)
+class Shown:
+    """A page for a notebook: the last value of a cell shows it.
+
+    Example:
+        >>> from rlstab.record import Metrics
+        >>> show(Run(name="a", metrics=Metrics(rows=(), torn=0))).html[:15]
+        '<!doctype html>'
+    """
+
+    html: str
+    """The page."""
+
+    def _repr_html_(self) -> str:
+        """Return a frame of its own, so that the page and the notebook keep their styles apart."""
+        return f'<iframe srcdoc="{escape(self.html)}" width="100%" height="900" style="border: 0"></iframe>'
+
+
+def show(*runs: Run | RunFolder) -> Shown:
+    """Return the report as something that a notebook shows.
+
+    Args:
+        *runs: Run folders, or runs of any origin; the others are compared with the first.
+
+    Returns:
+        The page; as the last value of a cell it is shown.
+
+    Raises:
+        ConfigError: There is no run.
+        RecordError: A run folder cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     shown = show(RunFolder.create(f"{place}/run", config_text="seed: 0"))
+        >>> "<h1>run</h1>" in shown.html
+        True
+    """
+    return Shown(page([Run.of(run) if isinstance(run, RunFolder) else run for run in runs]))
+
+
+def page(runs: Sequence[Run]) -> str:
+    """Return the page on one run or several."""
+    if not runs:
+        raise ConfigError("a report needs at least one run, got none")
+    script = (
+        SCRIPT.replace("LEFT", str(_chart.LEFT)).replace("RIGHT", str(_chart.RIGHT)).replace("WIDTH", str(_chart.WIDTH))
     )
+    policy = (
+        f"default-src 'none'; style-src {_hash(STYLE)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
+    )
+    name = escape(" · ".join(run.name for run in runs))
+    body = comparison(runs) + "".join(_one(run) for run in runs[:1]) + "".join(_other(run) for run in runs[1:])
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(_POLICY)}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{name} · rlstab</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f'<header><h1>{name}</h1><p class="muted small">{escape(_subtitle(run))}</p></header>\n'
-        f"<main>\n{_verdict(run)}{''.join(sections)}</main>\n</body>\n</html>\n"
+        f'<header><h1>{name}</h1><p class="muted small">{escape(_subtitle(runs))}</p></header>\n'
+        f"<main>\n{body}</main>\n<script>{script}</script>\n</body>\n</html>\n"
     )
 
 
-def _subtitle(run: Run) -> str:
-    span = f" · {_duration(run.times[-1] - run.times[0])} from the first record to the last" if run.times else ""
-    return f"report of a run{span}"
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _section(heading: str, content: str) -> str:
-    return f"<section>\n<h2>{heading}</h2>\n{content}\n</section>\n" if content else ""
+def _subtitle(runs: Sequence[Run]) -> str:
+    if len(runs) > 1:
+        return f"comparison of {len(runs)} runs with {runs[0].name}"
+    times = runs[0].times
+    span = f" · {_sections.duration(times[-1] - times[0])} from the first record to the last" if times else ""
+    source = "" if runs[0].source == "run folder" else f" · read from {runs[0].source}"
+    return f"report of a run{source}{span}"
 
 
-def _card(content: str, kind: str = "") -> str:
-    return f'<div class="card{kind and " " + kind}">{content}</div>'
-
-
-def _folded(summary: str, content: str) -> str:
-    return _card(f"<details><summary>{escape(summary)}</summary>{content}</details>")
-
-
-def _verdict(run: Run) -> str:
-    return _card("".join(f"<p>{escape(line)}</p>" for line in verdict(run)), "verdict") + "\n"
-
-
-def _list(items: Sequence[str]) -> str:
-    return _card(f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>") if items else ""
-
-
-def _table(run: Run) -> str:
-    rows = [
-        f'<tr><th scope="row">{escape(title(row))}</th>'
-        f'<td class="number">{_unbroken(amount(row.before, row.before_se, row.unit))}</td>'
-        f'<td class="number">{_unbroken(amount(row.after, row.after_se, row.unit))}</td>'
-        f'<td class="number {_CLASSES[row.judgement]}">{_unbroken(change(row))}'
-        f"{f'<br><span class=small>{row.judgement}</span>' if row.judgement else ''}</td></tr>"
-        for row in summarise(run)
-    ]
-    if not rows:
-        return ""
-    heads = "".join(f'<th scope="col" class="number">{head}</th>' for head in ("before", "after", "change"))
-    note = '<p class="muted small">± one standard error, prompts as the unit; “not clear” is within two of them.</p>'
-    body = f"<thead><tr><td></td>{heads}</tr></thead><tbody>{''.join(rows)}</tbody>"
-    return _card(f'<div class="scroll"><table>{body}</table></div>{note}')
-
-
-def _unbroken(number: str) -> str:
-    """Let a number break before its error only."""
-    return escape(number).replace("± ", "±&nbsp;").replace(" %", "&nbsp;%").replace(" points", "&nbsp;points")
-
-
-def _plots(run: Run) -> str:
-    cards = [_card(_picture(run, plot)) for plot in PLOTS if plot.possible(run)]
-    return f'<div class="plots">{"".join(cards)}</div>' if cards else ""
-
-
-def _picture(run: Run, plot: Plot) -> str:
-    """Return a plot in both palettes, of which the browser takes the one that fits the reader's setting."""
-    dark, light = (_data_uri(run, plot, palette) for palette in (DARK, LIGHT))
-    return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img src="{light}" alt="Plot of the {escape(plot.shows)}"></picture>'
+def _one(run: Run) -> str:
+    """Return all that is said of one run, the verdict first."""
+    diagnosis = explain(run)
+    marks = marks_of(run, diagnosis)
+    curves = f'<div class="plots">{"".join(map(card, figures(run, marks)))}</div>' if run.metrics.rows else ""
+    sections = (
+        section("What is the cause", _sections.causes(diagnosis)),
+        section("What happened", _sections.timeline(marks)),
+        section("Over the steps", curves),
+        section("Before and after", _sections.table(run)),
+        section("Sample completions", _sections.samples(run)),
+        section("What is missing", _sections.bullets(missing(run))),
+        section("Events", _sections.events_of(run)),
+        section("What the metrics mean", _sections.signals(run)),
+        section("Configuration", folded("config.yaml", f"<pre>{escape(run.config)}</pre>") if run.config else ""),
     )
+    return _sections.verdict_of(run, diagnosis) + "".join(sections)
 
 
-def _data_uri(run: Run, plot: Plot, palette: Palette) -> str:
-    return "data:image/png;base64," + base64.b64encode(png(plot.draw(run, palette))).decode("ascii")
-
-
-def _samples(run: Run) -> str:
-    """Return completions before and after by prompt: those of the evaluations, else of the first and the last step."""
-    rows = run.rollouts.rows
-    evaluated = [row for row in rows if row.fields.get("phase") in ("before", "after")]
-    shown = evaluated or rows
-    if not shown:
-        return ""
-    first, last = shown[0].step, shown[-1].step
-    before, after = _of_step(shown, first), _of_step(shown, last) if last != first else {}
-    prompts = [prompt for prompt in before if prompt in after]
-    prompts += [prompt for prompt in (*before, *after) if prompt not in prompts]
-    cards = [
-        _card(
-            f"<dl><dt>prompt</dt><dd><pre>{escape(_cut(prompt))}</pre></dd>"
-            f"{_completion(before.get(prompt))}{_completion(after.get(prompt))}</dl>"
-        )
-        for prompt in prompts[:_SAMPLES]
-    ]
-    return f'<div class="samples">{"".join(cards)}</div>'
-
-
-def _of_step(rows: Sequence[Rollout], step: int) -> dict[str, Rollout]:
-    """Return the first completion of every prompt at one step."""
-    found: dict[str, Rollout] = {}
-    for row in rows:
-        if row.step == step:
-            found.setdefault(_text(row.fields.get("prompt", "")), row)
-    return found
-
-
-def _completion(row: Rollout | None) -> str:
-    if row is None:
-        return ""
-    rewards = {"reward": row.fields.get("reward"), **numbers(row.fields.get("rewards"))}
-    scores = "".join(f" · {name} {value:.3g}" for name, value in rewards.items() if isinstance(value, int | float))
-    heading = f"{row.fields.get('phase', 'completion')}, step {row.step}{scores}"
-    return f"<dt>{escape(heading)}</dt><dd><pre>{escape(_cut(_text(row.fields.get('completion', ''))))}</pre></dd>"
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _CHARACTERS else f"{text[:_CHARACTERS]}… [{len(text) - _CHARACTERS} more characters]"
-
-
-def _events(run: Run) -> str:
-    events = run.events.rows
-    if not events:
-        return ""
-    rows = "".join(_event(event, run.times[0]) for event in events[-_EVENTS:])
-    heads = "".join(f'<th scope="col">{head}</th>' for head in ("time", "step", "event", "details"))
-    note = f'<p class="muted small">The last {_EVENTS} of {len(events)}.</p>' if len(events) > _EVENTS else ""
-    return _card(f'{note}<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>')
-
-
-def _event(event: Event, start: float) -> str:
-    step = "" if event.step is None else str(event.step)
-    details = ", ".join(f"{name}: {_text(value)}" for name, value in event.fields.items())
-    return (
-        f'<tr><td class="number">+{_duration(event.time - start)}</td><td class="number">{step}</td>'
-        f'<td>{escape(event.kind)}</td><td class="small"><code>{escape(_cut(details))}</code></td></tr>'
-    )
-
-
-def _duration(seconds: float) -> str:
-    """Return a span of time in its two largest units.
-
-    >>> _duration(3725.0)
-    '1 h 2 min'
-    >>> _duration(12.3)
-    '12.3 s'
-    """
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
-
-
-def _signals(run: Run) -> str:
-    keys = [key for key in run.metrics.keys() if not key.endswith("_se")]  # noqa: SIM118
-    keys += [row.key for row in summarise(run) if row.key not in keys]
-    if not keys:
-        return ""
-    entries = "".join(_signal(run, key) for key in sorted(keys))
-    return _folded(f"{len(keys)} metrics of this run", f'<dl class="signals">{entries}</dl>')
-
-
-def _signal(run: Run, key: str) -> str:
-    values = run.metrics.series(key).values
-    last = f" · last {values[-1]:.4g}" if len(values) else ""
-    entry = known(key)
-    if entry is None:
-        return f"<dt><code>{escape(key)}</code></dt><dd>a metric of the user's own{last}</dd>"
-    formula = f"<code>{escape(entry.formula)}</code><br>" if entry.formula else ""
-    cost = "" if entry.cost == "none" else f" · costs {entry.cost}"
-    facts = f"unit {entry.unit} · {_GOOD[entry.direction]} · {entry.cadence} · joined by {entry.reduction}{cost}{last}"
-    return f"<dt><code>{escape(key)}</code> {escape(entry.meaning)}</dt><dd>{formula}{escape(facts)}</dd>"
+def _other(run: Run) -> str:
+    return f'<section class="other">\n<h2>{escape(run.name)}</h2>\n{_one(run)}</section>\n'

@@ -57,7 +57,9 @@ def spikes(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
     steps, norms = trace.finite("train/grad_norm")
     if len(norms) <= 10:
         return np.array([], dtype=int), np.array([])
-    usual = np.array([np.median(norms[max(0, at - 20) : at]) for at in range(10, len(norms))])
+    begin = [float(np.median(norms[:at])) for at in range(10, min(20, len(norms)))]
+    later = np.lib.stride_tricks.sliding_window_view(norms, 20)[:-1] if len(norms) > 20 else np.empty((0, 20))
+    usual = np.r_[begin, np.median(later, axis=-1)]
     return steps[10:], norms[10:] / np.maximum(usual, 1e-12)
 
 
