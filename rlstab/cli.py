@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _train(chosen.train.recipe, overrides, resume=chosen.train.resume, list_keys=chosen.train.list_keys)
         if chosen.command == "diagnose":
             return _diagnose(**vars(chosen.diagnose))
-        return _report(chosen.report.run) if chosen.command == "report" else _methods()
+        return _report(**vars(chosen.report)) if chosen.command == "report" else _methods()
     except ArgumentError as error:
         return _fail(" ".join(str(error).split()), MISTAKE)
     except RlstabError as error:
@@ -68,9 +68,11 @@ def _parser() -> ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the recipe's output")
     train.add_argument("--list-keys", action="store_true", help="list the keys of a recipe, and stop")
     report = ArgumentParser(
-        description="Write plots and report.html of a run anew, and print the table before → after."
+        description="Write plots and report.html of a run anew, and print the table before → after. Several runs are "
+        "compared with the first, on one page; runs of any origin will do."
     )
-    report.add_argument("run", type=str, help="run folder")
+    report.add_argument("runs", type=str, nargs="+", help="run folder, or what `rlstab diagnose` reads")
+    report.add_argument("--output", type=str | None, default=None, help="page to write (report.html of a run folder)")
     diagnose = ArgumentParser(description=DIAGNOSE_HELP)
     diagnose.add_argument(
         "run", type=str, help="run folder, trainer_state.json, .csv, .jsonl, TensorBoard, wandb, trackio"
@@ -131,16 +133,22 @@ def _train(recipe: str | None, overrides: Sequence[tuple[str, str]], *, resume: 
     return INTERRUPTED if outcome.interrupted else 0
 
 
-def _report(run: str) -> int:
+def _report(runs: Sequence[str], *, output: str | None) -> int:
+    from pathlib import Path
+
     from rich.console import Console
 
-    from rlstab.record import RunFolder
-    from rlstab.report import print_summary, write_plots, write_report
+    from rlstab.record import RunFolder, read_run
+    from rlstab.report import print_summary, write_page, write_plots, write_report
 
-    folder, console = RunFolder.open(run), Console()
-    write_plots(folder)
-    page = write_report(folder)
-    print_summary(folder, console)
+    console = Console()
+    if len(runs) == 1 and output is None and (Path(runs[0]) / "config.yaml").is_file():
+        folder = RunFolder.open(runs[0])
+        write_plots(folder)
+        page = write_report(folder)
+        print_summary(folder, console)
+    else:
+        page = write_page([read_run(run) for run in runs], output or "report.html")
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
     return 0
 

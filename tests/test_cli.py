@@ -68,7 +68,7 @@ def exits(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_help_names_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
     text = exits(["--help"], capsys)
-    assert re.findall(r"^    (\w+) ", text, re.MULTILINE) == ["train", "report", "methods"]
+    assert re.findall(r"^    (\w+) ", text, re.MULTILINE) == ["train", "report", "diagnose", "methods"]
     assert exits(["--version"], capsys) == f"rlstab {__version__}\n"
 
 
@@ -145,8 +145,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     ("words", "message"),
     [
         (["trian"], "invalid choice: 'trian'"),
-        (["report"], "required: report.run"),
-        (["report", "nowhere"], "no run folder at nowhere"),
+        (["report"], "required: report.runs"),
+        (["report", "nowhere"], "there is no nowhere; expected a run folder"),
         (["methods", "grpo"], "unrecognized arguments: grpo"),
     ],
 )
