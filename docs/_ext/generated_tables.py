@@ -1,14 +1,17 @@
-"""Tables that the code itself makes: metrics from the schema, and who owns which argument of the host."""
+"""Tables that the code itself makes: metrics from the schema, methods, who owns which argument of the host."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
+from rlstab import optim
+from rlstab.losses import Method, method_of, presets
 from rlstab.recipes._reading import OWNED
 from rlstab.schema import SIGNALS
 from rlstab.trainers._arguments import OWNED_BY_ADVANTAGE, OWNED_BY_OBJECTIVE
@@ -16,6 +19,9 @@ from rlstab.trainers._arguments import OWNED_BY_ADVANTAGE, OWNED_BY_OBJECTIVE
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
     from sphinx.util.typing import ExtensionMetadata
+
+ROOT = Path(__file__).parents[2]
+METHOD_HEAD = ("Method", "Paper", "Stabilises", "Parts", "Recipe", "Where code and paper differ", "Proof")
 
 
 def plain(text: str) -> str:
@@ -57,6 +63,47 @@ def owned_arguments(owner: str) -> list[str]:
     return table(("Argument", "Instead"), [(code(name), plain(remedy)) for name, remedy in owned.items()])
 
 
+def methods(kind: str) -> list[str]:
+    """The published methods of one kind: the presets of a private module by its name, or the classes of `optim`."""
+    if kind == "optim":
+        things = [vars(optim)[name] for name in optim.__all__]
+    else:
+        things = [vars(presets)[name] for name in presets.__all__]
+        things = [thing for thing in things if thing.__module__ == f"{presets.__name__}._{kind}"]
+    found = [method for method in map(method_of, things) if method.stabilises]
+    return table(METHOD_HEAD, map(method_row, found))
+
+
+def method_row(method: Method) -> tuple[str, ...]:
+    """The cells of one method."""
+    room = "rlstab.losses.presets" if method.parts else "rlstab.optim"
+    recipe = ROOT / "configs" / "methods" / f"{method.name}.yaml"
+    return (
+        f"{{py:obj}}`{method.name} <{room}.{method.name}>`",
+        linked(method.reference),
+        inline(method.stabilises),
+        ", ".join(map(code, method.parts)),
+        code(recipe.relative_to(ROOT).as_posix()) if recipe.is_file() else "",
+        inline(method.differs),
+        inline(method.proof),
+    )
+
+
+def linked(reference: str) -> str:
+    """Papers as links: title and address, several of them parted by semicolons."""
+    if not reference:
+        return ""
+    papers = [paper.rpartition(", ") for paper in reference.split("; ")]
+    return "; ".join(f"[{plain(title)}]({address})" for title, _, address in papers)
+
+
+def inline(text: str) -> str:
+    """A sentence of a docstring, in which code stays code."""
+    return "`".join(
+        part if odd else plain(part) for odd, part in ((index % 2, part) for index, part in enumerate(text.split("`")))
+    )
+
+
 class Metrics(SphinxDirective):
     """`metrics`: a table of signals by prefix of their keys."""
 
@@ -79,8 +126,17 @@ class OwnedArguments(Metrics):
         return owned_arguments(self.arguments[0])
 
 
+class Methods(Metrics):
+    """`methods`: a table of published methods by kind."""
+
+    def lines(self) -> list[str]:
+        """The table in Markdown."""
+        return methods(self.arguments[0])
+
+
 def setup(app: Sphinx) -> ExtensionMetadata:
     """Register with Sphinx."""
     app.add_directive("metrics", Metrics)
+    app.add_directive("methods", Methods)
     app.add_directive("owned-arguments", OwnedArguments)
     return {"parallel_read_safe": True}

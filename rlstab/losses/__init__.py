@@ -25,6 +25,7 @@ from rlstab.losses._advantage import (
     ReMax,
     SigmaFilter,
 )
+from rlstab.losses._catalogue import Method, method_of
 from rlstab.losses._clipped import (
     CISPO,
     GMPO,
@@ -184,6 +185,7 @@ __all__ = [
     "Max",
     "Mean",
     "MeanCovariance",
+    "Method",
     "Metric",
     "Min",
     "MixedGroups",
@@ -240,6 +242,7 @@ __all__ = [
     "exact_divergence",
     "exact_kl",
     "exact_statistics",
+    "method_of",
     "mismatch_rows",
     "mismatch_values",
     "optimal_value",

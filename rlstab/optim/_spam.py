@@ -136,7 +136,7 @@ class StableSPAM(_Spam):
 
     Stabilises: spikes of single elements and of layers, low-precision training above all.
 
-    Differs: at resets, see above.
+    Differs: the resets of the released class inflate the clip's threshold; `compat` has them.
 
     Proof: vector `stable_spam`.
 
