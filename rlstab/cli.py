@@ -179,6 +179,8 @@ def _methods() -> int:
     from rich.markup import escape
     from rich.table import Table
 
+    from rlstab.losses import method_of
+
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH_OF_A_FILE)
@@ -187,15 +189,15 @@ def _methods() -> int:
         for ratio in (2, 5, 5):
             table.add_column(ratio=ratio, overflow="fold")
         for name, part in parts.items():
-            table.add_row(f"[cyan]{name}[/]", escape(_says(part)), escape(_reference(part)))
+            table.add_row(f"[cyan]{name}[/]", escape(_says(part)), escape(method_of(part).reference))
         console.print(table, highlight=False)
     return 0
 
 
 def _parts() -> dict[str, dict[str, Any]]:
-    """Everything public that an objective can be made of, by kind and name."""
-    from rlstab import losses
-    from rlstab.losses import presets
+    """Everything public that an objective can be made of, and what steadies the update, by kind and name."""
+    from rlstab import losses, optim
+    from rlstab.losses import method_of, presets
 
     public = {name: vars(losses)[name] for name in losses.__all__}
     built = {name: part for name, part in public.items() if inspect.isclass(part) and not inspect.isabstract(part)}
@@ -212,17 +214,15 @@ def _parts() -> dict[str, dict[str, Any]]:
     }.items():
         kinds[kind] = {name: part for name, part in built.items() if issubclass(part, base)}
         built = {name: part for name, part in built.items() if name not in kinds[kind]}
+    steady = {name: vars(optim)[name] for name in optim.__all__}
+    kinds["gradient and optimizer"] = {name: part for name, part in steady.items() if method_of(part).stabilises}
     return kinds
 
 
 def _says(part: Any) -> str:
-    """The first line of a docstring, without the formula that ends it."""
-    line = (inspect.getdoc(part) or "").partition("\n")[0]
-    return line.partition(": $")[0].rstrip(".")
+    """The first line of a docstring, without the formula that ends it, and what the method stabilises."""
+    from rlstab.losses import method_of
 
-
-def _reference(part: Any) -> str:
-    """The papers of a docstring, as its paragraph `Reference:` names them."""
-    paragraphs = (inspect.getdoc(part) or "").split("\n\n")
-    found = [paragraph for paragraph in paragraphs if paragraph.startswith("Reference:")]
-    return " ".join(found[0].removeprefix("Reference:").split()) if found else ""
+    method = method_of(part)
+    line = method.says.partition(": $")[0].rstrip(".")
+    return f"{line} (stabilises: {method.stabilises})" if method.stabilises else line

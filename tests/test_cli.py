@@ -91,9 +91,11 @@ def test_methods_lists_every_part_and_preset_with_its_paper(capsys: pytest.Captu
     bases = (losses.Part, losses.Controller)
     public = [vars(losses)[name] for name in losses.__all__ if name != "Part"]
     parts = [p.__name__ for p in public if inspect.isclass(p) and issubclass(p, bases) and not inspect.isabstract(p)]
-    assert sorted(listed) == sorted([*parts, *presets.__all__])
+    steady = ["SPAM", "SkipSpikes", "StableSPAM", "ZClip"]
+    assert sorted(listed) == sorted([*parts, *presets.__all__, *steady])
     text = " ".join(" ".join(lines).split())
     assert "https://arxiv.org/abs/2402.03300" in text
+    assert "(stabilises: " in text
     assert text.index("presets") < text.index("surrogates") < text.index("divergences") < text.index("other reg")
 
 
