@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import TrainerCallback
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from rlstab.errors import ConfigError, RecordError
@@ -23,6 +23,7 @@ __all__ = [
     "TrainerState",
     "capture",
     "latest_checkpoint",
+    "load_converted",
     "load_state",
     "restore",
     "save_state",
@@ -30,6 +31,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger("rlstab")
+
+ROWS = "rows of"  # lengths of the tensors of a list, which is saved as one
 
 
 @dataclass
@@ -55,8 +58,11 @@ def save_state(checkpoint: str | Path, rank: int, state: TrainerState) -> None:
     tensors = dict(state.tensors)
     rest: list[dict[str, Any]] = []
     for i, batch in enumerate(state.buffer or []):
-        tensors |= {f"buffer/{i}/{k}": v for k, v in batch.items() if isinstance(v, Tensor)}
-        rest.append({k: v for k, v in batch.items() if not isinstance(v, Tensor)})
+        lists = {k: v for k, v in batch.items() if isinstance(v, list) and v and isinstance(v[0], Tensor)}
+        whole = batch | {k: torch.cat(v) for k, v in lists.items()}
+        tensors |= {f"buffer/{i}/{k}": v for k, v in whole.items() if isinstance(v, Tensor)}
+        rest.append({k: v for k, v in whole.items() if not isinstance(v, Tensor)})
+        rest[i][ROWS] = {k: [len(row) for row in v] for k, v in lists.items()}
     save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, tensor_file)
     value_file.write_text(json.dumps({"values": state.values, "buffer": rest if state.buffer is not None else None}))
 
@@ -89,7 +95,32 @@ def load_state(checkpoint: str | Path, rank: int, device: torch.device) -> Train
         for name in [name for name in tensors if name.startswith("buffer/")]:
             _, i, key = name.split("/", 2)
             buffer[int(i)][key] = tensors.pop(name).to(device)
+        for batch in buffer:
+            batch |= {key: list(batch[key].split(rows)) for key, rows in batch.pop(ROWS, {}).items()}
     return TrainerState(values=saved["values"], buffer=buffer, tensors=tensors)
+
+
+def load_converted(model: nn.Module, checkpoint: str) -> None:
+    """Load what the host leaves out: weights that the files hold in another form than the model.
+
+    Transformers saves the experts of a layer one by one and keeps them in memory as one tensor. The host loads by name,
+    finds none of them, and would go on with the experts that the model was made with.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return
+    saved = {key for file in Path(checkpoint).glob("model*.safetensors") for key in _names(file)}
+    own = dict(model.named_parameters())
+    if not saved or own.keys() <= saved:
+        return
+    loaded = dict(type(model).from_pretrained(checkpoint, dtype=model.dtype).named_parameters())
+    with torch.no_grad():
+        for name in own.keys() - saved:
+            own[name].copy_(loaded[name])
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as tensors:
+        return list(tensors.keys())
 
 
 def _read_values(file: Path) -> dict[str, Any]:

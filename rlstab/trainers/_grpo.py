@@ -486,6 +486,7 @@ class StableGRPOTrainer(GRPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        _checkpoint.load_converted(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
         self._references.load_trained_adapter(resume_from_checkpoint, self.accelerator.unwrap_model(self.model))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
