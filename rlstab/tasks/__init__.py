@@ -1,6 +1,7 @@
 """Tasks: prompts and verifiable rewards with TRL's reward-function signature; the embedded ones need no download."""
 
 from rlstab.tasks._arithmetic import Arithmetic
+from rlstab.tasks._balance import ConvergenceBalance
 from rlstab.tasks._code import UnitTests
 from rlstab.tasks._combined import Gated, Product, Refined, Stage, Stepped
 from rlstab.tasks._countdown import Countdown
@@ -12,16 +13,20 @@ from rlstab.tasks._hub import HubTask
 from rlstab.tasks._knights import KnightsAndKnaves
 from rlstab.tasks._length_rewards import CosineLength, LengthUnit, OverlongPenalty, RelativeLength
 from rlstab.tasks._reasoning_gym import ReasoningGymTask
+from rlstab.tasks._restarts import RestartBonus, restart_row
 from rlstab.tasks._reward import Correct, Reward, RewardBatch, RewardFunction, SampleReward, reward_functions
 from rlstab.tasks._running_sum import RunningSum
+from rlstab.tasks._sampling import choose_temperature, draw_prompts, drop_thoughts, prompt_influence, reward_pass_at
 from rlstab.tasks._scorers import ExactAnswer, MathAnswer, Scorer
 from rlstab.tasks._sort_digits import SortDigits
 from rlstab.tasks._task import EmbeddedTask, Messages, Problem, Split, Task, split_of
+from rlstab.tasks._turns import TryAgain, UnaryFeedback
 from rlstab.tasks._two_skills import TwoSkills
 
 __all__ = [
     "Accuracy",
     "Arithmetic",
+    "ConvergenceBalance",
     "Correct",
     "CosineLength",
     "Countdown",
@@ -46,6 +51,7 @@ __all__ = [
     "ReasoningGymTask",
     "Refined",
     "RelativeLength",
+    "RestartBonus",
     "Reward",
     "RewardBatch",
     "RewardFunction",
@@ -58,8 +64,16 @@ __all__ = [
     "Stepped",
     "TagFormat",
     "Task",
+    "TryAgain",
     "TwoSkills",
+    "UnaryFeedback",
     "UnitTests",
+    "choose_temperature",
+    "draw_prompts",
+    "drop_thoughts",
+    "prompt_influence",
+    "restart_row",
     "reward_functions",
+    "reward_pass_at",
     "split_of",
 ]
