@@ -21,6 +21,7 @@ extensions = [
     "public_api",
     "generated_tables",
     "tested_combinations",
+    "watch_tables",
 ]
 public_api_package = "rlstab"
 exclude_patterns = ["_build"]

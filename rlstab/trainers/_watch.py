@@ -327,7 +327,7 @@ class Watch(TrainerCallback, ExportableState):
             self._stop(step, True, f"{due.finding}, after {self._rollbacks} rollbacks (Guard.most)", control)
             return
         self._rollbacks += 1
-        snapshot = self._ring.before(due.since)
+        snapshot = self._ring.before(due.since - 1)  # what a step measures, the update before it has done
         products = dict(self._scaling.products)
         restore(snapshot, model, optimizer, scheduler)
         self._scaling.products = dict(snapshot.extra["products"])

@@ -38,3 +38,11 @@ def test_compose_a_loss() -> None:
 def test_training_examples(name: str, expected: tuple[str, ...]) -> None:
     text = output_of(name, "2")
     assert all(part in text for part in expected), text
+
+
+def test_watch_any_trainer() -> None:
+    text = output_of("watch_any_trainer.py")
+    lines = [line for line in text.splitlines() if line.startswith(("step ", "loss "))]
+    assert lines[:2] == ["step 21: alarm", "step 21: rolled_back"]
+    start, end = (float(part.split()[0]) for part in lines[-1].removeprefix("loss ").split(", "))
+    assert end < start / 2

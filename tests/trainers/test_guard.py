@@ -234,7 +234,7 @@ def test_controllers_and_coefficients_go_back(tmp_path: Path) -> None:
 
 
 def test_a_resumed_guard_remembers_how_often_it_went_back(tmp_path: Path) -> None:
-    saving = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
     rule = Rule(signal="step/loss", detector=Level(above=-1.0, steps=1), action=RollBack(), cause="numerics")
 
     def trained(resume: str | None, steps: int) -> Any:
