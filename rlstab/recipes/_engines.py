@@ -41,6 +41,8 @@ class Transformers(EngineSource):
     Args:
         dtype: precision of a copy that samples; None samples with the policy itself.
         slots: completions that are sampled at a time.
+        routes: return the experts that every token went to, for a mixture of experts: to replay them, or to see where
+            trainer and engine disagree about them.
 
     Example:
         >>> Transformers(dtype="bfloat16").slots
@@ -49,9 +51,12 @@ class Transformers(EngineSource):
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     slots: int = 256
+    routes: bool = False
 
     def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Engine:
         """The engine that samples for this policy."""
         if self.dtype is None:
-            return TransformersEngine(model, tokenizer, slots=self.slots)
-        return TransformersEngine(model, tokenizer, share=False, dtype=DTYPES[self.dtype], slots=self.slots)
+            return TransformersEngine(model, tokenizer, slots=self.slots, routes=self.routes)
+        return TransformersEngine(
+            model, tokenizer, share=False, dtype=DTYPES[self.dtype], slots=self.slots, routes=self.routes
+        )

@@ -11,7 +11,7 @@ from rlstab.recipes._engines import EngineSource
 from rlstab.recipes._models import LoRA, ModelSource
 from rlstab.recipes._warmup import WarmUp
 from rlstab.tasks import Correct, EmbeddedTask, Reward, Task, reward_functions
-from rlstab.trainers import Signals
+from rlstab.trainers import Replay, Signals
 
 __all__ = ["HeldOut", "Recipe"]
 
@@ -66,6 +66,8 @@ class Recipe:
         objective: what is minimised; None leaves the loss to the trainer's own arguments (`loss_type`, `beta`, ...).
         advantage: how rewards become advantages; None leaves it to the trainer's own arguments.
         engine: what samples the completions, with the log-prob of every token; None leaves it to the host (`use_vllm`).
+        replay: for a mixture of experts, whose expert choices every pass of the policy takes: `R3` those of an engine
+            that returns routes, `R2` those of the policy at the start of the batch; None leaves it its own.
         adapter: train low-rank updates instead of the weights.
         warmup: supervised warm-up on the task's demonstrations; None starts from the model as it is.
         evaluation: evaluation on held-out prompts.
@@ -91,6 +93,7 @@ class Recipe:
     objective: Objective | None = None
     advantage: Advantage | None = None
     engine: EngineSource | None = None
+    replay: Replay | None = None
     adapter: LoRA | None = None
     warmup: WarmUp | None = None
     evaluation: HeldOut = HeldOut()

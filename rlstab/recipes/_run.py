@@ -226,6 +226,7 @@ class _Run:
                 signals=recipe.signals,
                 run=self.folder,
                 engine=recipe.engine,
+                replay=recipe.replay,
                 train_dataset=recipe.task.prompts(recipe.prompts, split="train", seed=recipe.seed),
                 processing_class=tokenizer,
                 callbacks=callbacks,

@@ -10,6 +10,7 @@ from rlstab.trainers._observer import LossCall, Observer
 from rlstab.trainers._periodic import Periodically
 from rlstab.trainers._progress import ProgressCallback
 from rlstab.trainers._recorder import RowListener
+from rlstab.trainers._routing import Replay
 from rlstab.trainers._signals import Signals
 from rlstab.trainers._stop import GracefulStop
 from rlstab.trainers._watch import Watch, watch
@@ -23,6 +24,7 @@ __all__ = [
     "Observer",
     "Periodically",
     "ProgressCallback",
+    "Replay",
     "RowListener",
     "Signals",
     "StableDistillationTrainer",

@@ -22,8 +22,12 @@ from rlstab.trainers._route_signals import RouteSignals
 
 __all__ = ["Replay", "Routing", "Unrouted", "routing_of"]
 
-#: Whose routes the trainer's passes take: `R3` those of the rollout engine, `R2` those of the trainer's old policy.
 Replay = Literal["R2", "R3"]
+"""Whose expert choices the passes of a policy take: `R3` those of the engine that sampled, `R2` those of the policy that
+took the batch.
+
+Reference: R3, https://arxiv.org/abs/2510.11370; R2, https://arxiv.org/abs/2507.18071
+"""
 
 SCORING = ("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size")
 
