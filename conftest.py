@@ -12,6 +12,8 @@ import torch
 collect_ignore = ["rlstab/rollouts/_vllm_worker.py"]  # holds no example, and would import vLLM before every run
 if not find_spec("triton"):
     collect_ignore.append("rlstab/losses/_streamed_triton.py")
+if not find_spec("textual"):
+    collect_ignore.append("rlstab/report/_live.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

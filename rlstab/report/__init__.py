@@ -4,6 +4,7 @@ from rlstab.report._explain import as_json, explain, print_diagnosis, write_fix
 from rlstab.report._page import Shown, show, write_page, write_report
 from rlstab.report._plots import write_plots
 from rlstab.report._summary import SummaryRow, print_summary, summary
+from rlstab.report._watching import watch_run
 
 __all__ = [
     "Shown",
@@ -14,6 +15,7 @@ __all__ = [
     "print_summary",
     "show",
     "summary",
+    "watch_run",
     "write_fix",
     "write_page",
     "write_plots",

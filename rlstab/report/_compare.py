@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rlstab.record import Run
+from rlstab.report._chart import ROUNDING
 from rlstab.report._curves import Curves, figure, line
 from rlstab.report._sections import card, section
 from rlstab.report._summary import amount
@@ -41,6 +42,7 @@ def paired(first: Run, other: Run, key: str) -> Difference | None:
     common, at, at_other = np.intersect1d(ours.steps, theirs.steps, return_indices=True)
     with np.errstate(invalid="ignore"):
         differences = theirs.values[at_other] - ours.values[at]
+    differences = np.where(np.abs(differences) < ROUNDING, 0.0, differences)
     differences = differences[np.isfinite(differences)]
     if len(differences) < 2:
         return None

@@ -74,7 +74,7 @@ svg.chart:focus-visible { outline: 2px solid var(--c0); outline-offset: 2px; }
 h3 { margin: 0 0 .5rem; font-size: 1.05rem; }
 h3 span { font-weight: 400; font-size: .875rem; color: var(--muted); }
 .against { color: var(--open); }
-section > .card + .card { margin-top: 1rem; }
+section > .card + .card, .card + .plots { margin-top: 1rem; }
 .other { margin-top: 3rem; border-top: 2px solid var(--line); }
 .timeline { margin: 0; padding: 0; list-style: none; }
 .timeline li { padding: .2rem 0; }

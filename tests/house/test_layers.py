@@ -47,7 +47,7 @@ FOREIGN = {
     "losses": {"jaxtyping", "torch", "triton"},
     "monitors": {"numpy"},
     "optim": {"jaxtyping", "torch"},
-    "report": {"matplotlib", "numpy", "rich"},
+    "report": {"matplotlib", "numpy", "rich", "textual"},
     "schema": set(),
 }
 # Packages that others bring, and pin for themselves: triton comes with torch for CUDA.
@@ -57,6 +57,7 @@ PLACES = {
     "trl": ["trainers/*"],
     "vllm": ["rollouts/vllm*.py", "rollouts/_vllm*.py"],
     "ray": ["rollouts/ray*.py", "rollouts/_ray*.py"],
+    "textual": ["report/_live.py"],
     "triton": ["losses/_streamed_triton.py"],
 }
 
