@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _train(chosen.train.recipe, overrides, resume=chosen.train.resume, list_keys=chosen.train.list_keys)
         if chosen.command == "diagnose":
             return _diagnose(**vars(chosen.diagnose))
+        if chosen.command == "watch":
+            return _watch(chosen.watch.run)
         return _report(**vars(chosen.report)) if chosen.command == "report" else _methods()
     except ArgumentError as error:
         return _fail(" ".join(str(error).split()), MISTAKE)
@@ -83,6 +85,8 @@ def _parser() -> ArgumentParser:
     )
     diagnose.add_argument("--columns", type=dict[str, str], default={}, help="of a table: {train/reward: my_column}")
     diagnose.add_argument("--name", type=str | None, default=None, help="which run of a store that holds several")
+    watch = ArgumentParser(description="Show a run in the terminal while it runs, or after. Needs the extra `watch`.")
+    watch.add_argument("run", type=str, help="run folder")
     methods = ArgumentParser(description="List the parts of an objective and the presets, with their papers.")
     parser = ArgumentParser(
         prog="rlstab",
@@ -94,6 +98,7 @@ def _parser() -> ArgumentParser:
     commands.add_subcommand("train", train, help="train as a recipe says")
     commands.add_subcommand("report", report, help="write the report of a run anew")
     commands.add_subcommand("diagnose", diagnose, help="say what is wrong with a run, and why")
+    commands.add_subcommand("watch", watch, help="show a run in the terminal, live")
     commands.add_subcommand("methods", methods, help="list parts, presets and their papers")
     return parser
 
@@ -172,6 +177,14 @@ def _diagnose(run: str, *, json: bool, fix: str | None, columns: Mapping[str, st
         done = write_fix(read, diagnosis, fix)
         print(f"{fix}: {', '.join(done)}" if done else f"{fix}: nothing to change", file=sys.stderr)
     return diagnosis.exit_code
+
+
+def _watch(run: str) -> int:
+    from rlstab.record import RunFolder
+    from rlstab.report import watch_run
+
+    watch_run(RunFolder.open(run))
+    return 0
 
 
 def _methods() -> int:
