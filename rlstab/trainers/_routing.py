@@ -23,8 +23,8 @@ from rlstab.trainers._route_signals import RouteSignals
 __all__ = ["Replay", "Routing", "Unrouted", "routing_of"]
 
 Replay = Literal["R2", "R3"]
-"""Whose expert choices the passes of a policy take: `R3` those of the engine that sampled, `R2` those of the policy that
-took the batch.
+"""Whose expert choices the passes of a policy take: `R3` those of the engine that sampled, `R2` those of the policy as
+it was at the start of the batch.
 
 Reference: R3, https://arxiv.org/abs/2510.11370; R2, https://arxiv.org/abs/2507.18071
 """
