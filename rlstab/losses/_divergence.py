@@ -57,7 +57,7 @@ class Divergence(Term):
     given, so this has only a part of the gradient of the divergence between sequences. Target `sequence`: that
     divergence itself, by cumulative ratios: full gradient, more variance; one loss per row, averaged over rows.
 
-    A subclass gives `df`, `log_scaled_f` and, if $f'$ can overflow, `log_scaled_df`.
+    A subclass gives `df`, `log_scaled_f` and, if $f'$ can overflow, `log_scaled_df`; for speed also `scaled`.
 
     Values are exact up to rounding wherever they fit the dtype. Beyond they are `+inf`, the gradient is held at the
     largest finite number, and the token is counted. A token to which both policies give probability 0 counts 0; where
@@ -156,6 +156,14 @@ class Divergence(Term):
         a = a.clamp(min=-FARTHEST)
         return self.df(a).abs().log() + a.clamp(max=0)
 
+    def scaled(self, a: Float[Tensor, "*shape"]) -> Estimate | None:
+        r"""$f(u) / \max(1, u)$ and $f'(u) \min(1, u)$ where they need no logarithms, for a fraction of the cost.
+
+        For generators of which neither grows faster than $|a|$, for any $a$ from $-\infty$ to $\infty$; else None, and
+        their logarithms are used. Needs no gradient.
+        """
+        return None
+
     def f(self, a: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """$f(u)$ at $u = e^a$; its derivative in $a$ is $u f'(u)$."""
         return self.surrogate(a, torch.zeros_like(a), torch.zeros_like(a))
@@ -171,15 +179,18 @@ class Divergence(Term):
     ) -> Estimate:
         r"""$\nu f(u)$ and $(\pi/\mu) f'(u)$, without gradient and without overflow where they fit the dtype.
 
-        Both are $\max(\pi, \text{ref})/\mu$ times a factor; the exponents are added before `exp`.
+        Both are $\max(\pi, \text{ref})/\mu$ times a factor: `scaled`, or else the exponents are added before `exp`.
         With `sample_logp=0`, the summands of the exact divergence and of its gradient.
         """
-        scale = torch.maximum(logp, ref_logp) - sample_logp
-        a = torch.where((logp == -torch.inf) & (ref_logp == -torch.inf), 0.0, logp - ref_logp)
-        value = torch.exp(scale + self.log_scaled_f(a))
-        slope = a.sign() * torch.exp(scale + self.log_scaled_df(a)).clamp(max=torch.finfo(a.dtype).max)
-        impossible = scale == -torch.inf
-        return Estimate(value.masked_fill(impossible, 0.0), slope.masked_fill(impossible, 0.0))
+        scale = torch.maximum(logp, ref_logp) - sample_logp  # -inf at what both exclude, which counts 0
+        a = (logp - ref_logp).nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+        closed, limit = self.scaled(a), torch.finfo(a.dtype).max
+        if closed is None:
+            value = torch.exp(scale + self.log_scaled_f(a))
+            return Estimate(value, a.sign() * torch.exp(scale + self.log_scaled_df(a)).clamp(max=limit))
+        farthest = math.log(limit) - 2  # keeps the root from 0 and infinity, which infinity and 0 would make NaN
+        root = torch.exp((scale / 2).clamp(-farthest, farthest))  # of a scale that may be out of range by itself
+        return Estimate(closed.value * root * root, (closed.slope * root * root).clamp(-limit, limit))
 
     def surrogate(
         self,
@@ -199,7 +210,7 @@ class Divergence(Term):
         """
         logp, ref_logp, sample_logp = (at_least_float32(x) for x in (logp, ref_logp, sample_logp))
         estimate = self.estimate(logp, ref_logp, finite_logp(sample_logp))
-        return estimate.value + _zero_with_gradient(estimate, logp)
+        return _with_gradient(estimate, logp)
 
     def over_vocabulary(
         self, logp: Float[Tensor, "*shape V"], ref_logp: Float[Tensor, "*shape V"]
@@ -258,31 +269,39 @@ class Divergence(Term):
         tokens = self._tokens(batch, batch.logp(self.reference))
         if self.target == "token":
             estimate = self.estimate(*tokens.logps)
-            mask = tokens.scored
+            metrics = _token_metrics(estimate, tokens.number)
         else:
             estimate = self._sequence_estimate(tokens)
-            mask = batch.loss_mask.any(-1)
-        return Loss(self._attach(estimate, tokens.logp), {**_metrics(estimate, mask), **tokens.counts})
+            metrics = _metrics(estimate, batch.loss_mask.any(-1))
+        return Loss(self._attach(estimate, tokens.logp), {**metrics, **tokens.counts})
 
     def _attach(self, estimate: Estimate, logp: Float[Tensor, "B T"]) -> Float[Tensor, "B *T"]:
         """The loss with this estimate's gradient; the rows of a sequence target are summed."""
-        loss = _reward(estimate, logp) if self.form == "reward" else _zero_with_gradient(estimate, logp)
-        if self.target == "sequence":
-            loss = loss.sum(-1)
-        return loss if self.form == "reward" else estimate.value + loss
+        if self.form == "reward":
+            loss = estimate.slope * _finite(logp)
+            return loss.sum(-1) if self.target == "sequence" else loss
+        if self.target == "token":
+            return _with_gradient(estimate, logp)
+        return estimate.value + _zero_with_gradient(estimate, logp).sum(-1)
 
     def _tokens(self, batch: TokenBatch, ref_logp: Float[Tensor, "B T"]) -> "_Tokens":
-        logp = batch.logp("policy")
-        sample_logp = batch.logp(batch.behaviour(self._behaviour)).detach()  # a ratio to μ weighs, it is not descended
-        scored = ~sample_logp.isnan()
-        counts: dict[str, Metric] = {"unscored": Total((batch.loss_mask & ~scored).sum())}
-        logp, ref_logp, sample_logp = (torch.where(scored, x, 0.0) for x in (logp, ref_logp.detach(), sample_logp))
+        logp, behaviour = batch.logp("policy"), batch.behaviour(self._behaviour)
+        ref_logp = ref_logp.detach()
+        sample_logp = batch.logp(behaviour).detach()  # a ratio to μ weighs, it is not descended
+        count, unscored = batch.tokens, batch.nothing
+        if behaviour not in batch.complete:
+            scored = ~sample_logp.isnan()
+            logp, ref_logp, sample_logp = (torch.where(scored, x, 0.0) for x in (logp, ref_logp, sample_logp))
+            sample_logp = finite_logp(sample_logp)
+            unscored = (~scored & batch.loss_mask).count_nonzero()
+            count = count - unscored
+        counts: dict[str, Metric] = {"unscored": Total(unscored)}
         if self.clamp is not None:
             a = (logp - ref_logp).detach()  # the bound is a constant
             far = a.abs() > self.clamp
             logp = torch.where(far, ref_logp + self.clamp * a.sign(), logp)
-            counts["clamped"] = Total((batch.loss_mask & far).sum())
-        return _Tokens(logp, ref_logp, finite_logp(sample_logp), batch.loss_mask & scored, counts)
+            counts["clamped"] = Total((batch.loss_mask & far).count_nonzero())
+        return _Tokens(logp, ref_logp, sample_logp, count, counts)
 
     # ---------------------------------------------------------------- sequences
 
@@ -319,17 +338,17 @@ class Divergence(Term):
 
 
 class _Tokens(NamedTuple):
-    """Log-probs with neutral values where the sampler could not score, which tokens are left, and what was counted."""
+    """Log-probs with neutral values where the sampler could not score, how many tokens are left, and the counts."""
 
     logp: Tensor
     ref_logp: Tensor
     sample_logp: Tensor
-    scored: Tensor
+    number: Tensor
     counts: Mapping[str, Metric]
 
     @property
     def logps(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.logp, self.ref_logp, self.sample_logp
+        return self.logp.detach(), self.ref_logp, self.sample_logp
 
 
 def at_least_float32(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -337,17 +356,19 @@ def at_least_float32(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def _with_gradient(estimate: Estimate, logp: Tensor) -> Tensor:
+    bounded = _finite(logp)
+    return torch.addcmul(estimate.value, estimate.slope, bounded - bounded.detach())
+
+
 def _zero_with_gradient(estimate: Estimate, logp: Tensor) -> Tensor:
     bounded = _finite(logp)
     return estimate.slope * (bounded - bounded.detach())  # value 0, gradient `slope`
 
 
-def _reward(estimate: Estimate, logp: Tensor) -> Tensor:
-    return estimate.slope * _finite(logp)
-
-
 def _finite(x: Tensor) -> Tensor:
-    return finite_logp(x).clamp(max=math.sqrt(torch.finfo(x.dtype).max))
+    farthest = math.sqrt(torch.finfo(x.dtype).max)
+    return functional.hardtanh(x, -farthest, farthest)
 
 
 def _saturated(x: Tensor) -> Tensor:
@@ -358,6 +379,13 @@ def _saturated(x: Tensor) -> Tensor:
 def _later(x: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """The sum over the tokens after each."""
     return functional.pad(x, (-1, 1)).flip(-1).cumsum(-1).flip(-1)
+
+
+def _token_metrics(estimate: Estimate, count: Tensor) -> dict[str, Metric]:
+    """As `_metrics`, for tokens of which those that do not count have value 0."""
+    largest = torch.maximum(estimate.value, estimate.slope.abs())
+    beyond = largest >= torch.finfo(largest.dtype).max
+    return {"value": Sum(estimate.value.sum(), count), "overflow": Total(beyond.count_nonzero())}
 
 
 def _metrics(estimate: Estimate, mask: Tensor) -> dict[str, Metric]:

@@ -10,11 +10,22 @@ from torch import Tensor
 
 from rlstab.errors import ConfigError
 from rlstab.losses._checks import check_range
-from rlstab.losses._divergence import FARTHEST, Divergence
-from rlstab.losses._log_space import SERIES_BELOW, SERIES_TERMS, log1mexp, log_excess, log_mix, power_series
+from rlstab.losses._divergence import FARTHEST, Divergence, Estimate
+from rlstab.losses._log_space import SERIES_BELOW, SERIES_TERMS, log1mexp, log_excess, log_mix, power_series, power_sum
 
 LogRatio = Float[Tensor, "*shape"]
 LOG_2 = math.log(2.0)
+
+
+def _reverse_kl(a: LogRatio) -> Estimate:
+    """`ReverseKL.scaled`."""
+    b, below = a.abs(), (-a).clamp(0, FARTHEST)
+    decay = torch.exp(-b)
+    slope = a.relu() - below * decay
+    near = b.clamp(max=SERIES_BELOW)
+    series = power_series(-near, [1.0] * SERIES_TERMS)  # e^-b - 1 + b
+    close = a.sign() * series + below * (near - series)
+    return Estimate(torch.where(near == b, close, slope + a.sign() * (decay - 1)), slope)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +56,10 @@ class ReverseKL(Divergence):
     def log_scaled_f(self, a: LogRatio) -> LogRatio:
         r"""Of $u (e^{-a} - 1 + a)$."""
         return log_excess(-a)
+
+    def scaled(self, a: LogRatio) -> Estimate:
+        r"""With $b = |a|$: $b - 1 + e^{-b}$ and $b$ above the reference, $1 - (1 + b) e^{-b}$ and $-b e^{-b}$ below."""
+        return _reverse_kl(a)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +92,10 @@ class ForwardKL(Divergence):
         r"""Of $|1 - e^{-a}|$."""
         return log1mexp(a)
 
+    def scaled(self, a: LogRatio) -> Estimate:
+        r"""The value of the reverse KL at $-a$, and $\pm(1 - e^{-|a|})$."""
+        return Estimate(_reverse_kl(-a).value, -a.sign() * torch.expm1(-a.abs()))
+
 
 _REVERSE, _FORWARD = ReverseKL(), ForwardKL()
 
@@ -88,6 +107,18 @@ def _mixture_log_scaled_f(a: LogRatio, *, share: float, policy: float, reference
         math.log(policy) + log_excess(-ours) + ours.relu(), math.log(reference) + log_excess(-theirs) + theirs.relu()
     )
     return both - torch.where(a > 0, ours, theirs)
+
+
+def _jensen_shannon_series(count: int) -> list[float]:
+    r"""Coefficients of $b^2, b^4, \dots$ in $\frac b2 \tanh\frac b2 - \log\cosh\frac b2$."""
+    tanh = [1.0]  # of t, t^3, ...: tanh' = 1 - tanh^2
+    for n in range(2, count + 1):
+        tanh.append(-sum(tanh[i] * tanh[n - 2 - i] for i in range(n - 1)) / (2 * n - 1))
+    return [c * (1 - 1 / (2 * n)) / 4**n for n, c in enumerate(tanh, start=1)]
+
+
+JENSEN_SHANNON_SERIES = _jensen_shannon_series(9)
+JENSEN_SHANNON_TERMS_FLOAT32 = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +140,21 @@ class JensenShannon(Divergence):
     def log_scaled_f(self, a: LogRatio) -> LogRatio:
         """That of the mixture in equal shares."""
         return _mixture_log_scaled_f(a, share=0.5, policy=0.5, reference=0.5)
+
+    def scaled(self, a: LogRatio) -> Estimate:
+        r"""$\frac12 (1 + e^{-b}) k$ with $b = |a|$ and $k = \frac b2 \tanh\frac b2 - \log\cosh\frac b2$, and $f'$."""
+        b = a.abs().clamp(max=FARTHEST)
+        change = torch.expm1(-b)
+        log_mean = torch.log1p(change / 2)  # log (1 + e^-b)/2
+        k = b * (-1 - change) / (2 + change) - log_mean  # log cosh b/2 = b/2 + log_mean
+        near = b.clamp(max=SERIES_BELOW)
+        terms = None if a.dtype == torch.float64 else JENSEN_SHANNON_TERMS_FLOAT32
+        k = torch.where(near == b, power_sum(near.square(), JENSEN_SHANNON_SERIES[:terms]), k)
+        slope = ((-a).clamp(0, FARTHEST) + log_mean) * torch.exp(a.clamp(max=0)) / -2
+        return Estimate((1 + change / 2) * k, slope)
+
+
+_JENSEN_SHANNON = JensenShannon()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +196,10 @@ class GeneralizedJSD(Divergence):
         """That of the mixture."""
         return _mixture_log_scaled_f(a, share=self.beta, policy=1 - self.beta, reference=self.beta)
 
+    def scaled(self, a: LogRatio) -> Estimate | None:
+        """That of `JensenShannon`, at equal shares."""
+        return _JENSEN_SHANNON.scaled(a) if self.beta == 0.5 else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class SkewJSD(Divergence):
@@ -168,8 +218,8 @@ class SkewJSD(Divergence):
     Reference: Score-of-Mixture Training, https://arxiv.org/abs/2502.09609
 
     >>> import torch
-    >>> SkewJSD(alpha=0.5).f(torch.ones(1)) / JensenShannon().f(torch.ones(1))
-    tensor([4.])
+    >>> torch.allclose(SkewJSD(alpha=0.5).f(torch.ones(1)), 4 * JensenShannon().f(torch.ones(1)))
+    True
     """
 
     alpha: float = 0.5
@@ -197,6 +247,10 @@ class SkewJSD(Divergence):
     def log_scaled_df(self, a: LogRatio) -> LogRatio:
         """That of the limit, or the general one."""
         return self._limit.log_scaled_df(a) if self._limit else super().log_scaled_df(a)
+
+    def scaled(self, a: LogRatio) -> Estimate | None:
+        """That of the limit."""
+        return self._limit.scaled(a) if self._limit else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +313,10 @@ class AlphaDivergence(Divergence):
             return self._limit.log_scaled_df(a)
         exponent = torch.where(a < 0, a * min(1.0, 1 - self.alpha), (-self.alpha * a).relu())
         return exponent + log1mexp(self.alpha * a) - math.log(abs(self.alpha))
+
+    def scaled(self, a: LogRatio) -> Estimate | None:
+        """That of the limit."""
+        return self._limit.scaled(a) if self._limit else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,6 +390,11 @@ class Hellinger(Divergence):
         """Of $|1 - e^{-a/2}|$."""
         return (a / 2).clamp(max=0) + log1mexp(a / 2)
 
+    def scaled(self, a: LogRatio) -> Estimate:
+        r"""With $c = 1 - e^{-|a|/2}$: $c^2$, and $c$ above the reference, $-c e^{-|a|/2}$ below."""
+        c = -torch.expm1(-a.abs() / 2)
+        return Estimate(c.square(), a.sign() * c * torch.exp(a.clamp(max=0) / 2))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Jeffreys(Divergence):
@@ -357,6 +420,12 @@ class Jeffreys(Divergence):
         """The sum of those of the two KLs."""
         return torch.logaddexp(_REVERSE.log_scaled_df(a), _FORWARD.log_scaled_df(a))
 
+    def scaled(self, a: LogRatio) -> Estimate:
+        r"""$|a| (1 - e^{-|a|})$, and the sum of the slopes of the two KLs."""
+        b = a.abs()
+        change = -torch.expm1(-b)
+        return Estimate(b * change, a.relu() - (-a).clamp(0, FARTHEST) * torch.exp(-b) + a.sign() * change)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChiSquaredMixture(Divergence):
@@ -380,6 +449,11 @@ class ChiSquaredMixture(Divergence):
     def log_scaled_f(self, a: LogRatio) -> LogRatio:
         r"""Of $\frac12 (e^a - 1) \tanh(a/2)$."""
         return log1mexp(a) + torch.tanh(a / 2).abs().log() - LOG_2
+
+    def scaled(self, a: LogRatio) -> Estimate:
+        r"""With $c = 1 - e^{-|a|}$: $c^2 / (4 - 2c)$, and $f' \min(1, u)$."""
+        c = -torch.expm1(-a.abs())
+        return Estimate(c.square() / (4 - 2 * c), self.df(a) * torch.exp(a.clamp(max=0)))
 
 
 @dataclass(frozen=True, kw_only=True)

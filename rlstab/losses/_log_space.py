@@ -9,7 +9,7 @@ from torch import Tensor
 LARGE = 80.0  # exp(LARGE) still fits float32
 SERIES_BELOW = 0.4
 SERIES_TERMS = 13
-SERIES_TERMS_FLOAT32 = 9
+SERIES_TERMS_FLOAT32 = 8
 
 
 def log1mexp(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -49,15 +49,23 @@ def log_excess(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 def power_series(x: Float[Tensor, "*shape"], factors: list[float]) -> Float[Tensor, "*shape"]:
-    r"""$\sum_{n \ge 2} c_n x^n / n!$ for the factors $c_2, c_3, \dots$.
+    r"""$\sum_{n \ge 2} c_n x^n / n!$ for the factors $c_2, c_3, \dots$; without gradient.
 
     >>> power_series(torch.tensor([0.1]), [1.0, 1.0])
     tensor([0.0052])
     """
     coefficients = [factor / math.factorial(n) for n, factor in enumerate(factors, start=2)]
-    if x.dtype != torch.float64:
-        coefficients = coefficients[:SERIES_TERMS_FLOAT32]
-    total = torch.full_like(x, coefficients[-1])
-    for coefficient in coefficients[-2::-1]:
-        total = total * x + coefficient
-    return total * x * x
+    return power_sum(x, coefficients if x.dtype == torch.float64 else coefficients[:SERIES_TERMS_FLOAT32]).mul_(x)
+
+
+def power_sum(x: Float[Tensor, "*shape"], coefficients: list[float]) -> Float[Tensor, "*shape"]:
+    r"""$\sum_{n \ge 1} c_n x^n$ for at least two coefficients $c_1, c_2, \dots$; without gradient.
+
+    >>> power_sum(torch.tensor([2.0]), [1.0, 3.0])
+    tensor([14.])
+    """
+    *lower, last = coefficients
+    total = last * x
+    for coefficient in lower[:0:-1]:
+        total.add_(coefficient).mul_(x)
+    return total.add_(lower[0]).mul_(x)
