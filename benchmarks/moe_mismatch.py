@@ -1,0 +1,382 @@
+"""Mixtures of experts: distance of trainer and engine with and without replay of the engine's routes, and its cost.
+
+    python benchmarks/moe_mismatch.py [--parts static rl cost] [--seeds N] [--steps N] [--json FILE]
+
+A tiny model (8 experts, 2 per token, 2 layers) is warmed up to sort six digits. Its engine is disturbed while it
+samples: router or weights in fewer bits, or noise on the router's logits. `static` scores the samples once with the
+trainer's own choices and once along the engine's routes. `rl` trains with strong router noise, with and without
+`replay="R3"`. `cost` times sampling with and without recording, and whole steps with and without replay, in turn, in CPU
+time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, final
+
+import torch
+import transformers
+import trl
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from rlstab.losses import presets
+from rlstab.models import isolated_rng
+from rlstab.recipes import TinyModel, WarmUp, warm_up
+from rlstab.record import RunFolder
+from rlstab.rollouts import Engine, Health, Request, Rollout, Sampling, TransformersEngine, WeightSource
+from rlstab.routing import Routers, Routes, flipped
+from rlstab.tasks import SortDigits
+from rlstab.trainers import GRPOConfig, Signals, StableGRPOTrainer
+
+TASK = SortDigits(digits=6)
+Disturbance = Callable[[nn.Module], contextlib.AbstractContextManager[None]]
+
+
+class RouterLogits(TorchFunctionMode):
+    """Within a router: logits as `change` makes them of hidden states and weight."""
+
+    def __init__(self, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.change = change
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.linear:
+            return self.change(args[0], args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def routers_that(model: nn.Module, *, change: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """Change how the routers make logits, while the block runs."""
+    modules = [module for router in Routers(model).routers for module in router.modules]
+    for module in modules:
+        vars(module)["forward"] = partial(_changed, module.forward, RouterLogits(change))
+    try:
+        yield
+    finally:
+        for module in modules:
+            del vars(module)["forward"]
+
+
+def _changed(forward: Callable[..., Any], mode: RouterLogits, hidden: Tensor) -> Any:
+    with mode:
+        return forward(hidden)
+
+
+@contextmanager
+@torch.no_grad()
+def weights_in(model: nn.Module, *, rounded: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Round the weights while the block runs."""
+    exact = {parameter: parameter.detach().clone() for parameter in model.parameters()}
+    for parameter in exact:
+        parameter.copy_(rounded(parameter))
+    try:
+        yield
+    finally:
+        for parameter, value in exact.items():
+            parameter.copy_(value)
+
+
+def bf16(tensor: Tensor) -> Tensor:
+    return tensor.bfloat16().float()
+
+
+def fp8(tensor: Tensor) -> Tensor:
+    scale = tensor.abs().amax() / 448
+    return (tensor / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+def noise(sigma: float) -> Disturbance:
+    def change(hidden: Tensor, weight: Tensor) -> Tensor:
+        logits = hidden @ weight.T
+        return logits + sigma * torch.randn_like(logits)
+
+    return partial(routers_that, change=change)
+
+
+DISTURBANCES: dict[str, Disturbance] = {
+    "router in bf16": partial(
+        routers_that, change=lambda hidden, weight: (hidden.bfloat16() @ weight.bfloat16().T).float()
+    ),
+    "weights in bf16": partial(weights_in, rounded=bf16),
+    "weights in fp8": partial(weights_in, rounded=fp8),
+    "router noise 0.1": noise(0.1),
+    "router noise 0.3": noise(0.3),
+    "router noise 1": noise(1.0),
+}
+
+
+@final
+class DisturbedEngine(Engine):
+    """Samples with the trainer's own weights, disturbed while it does, and returns its routes."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, disturbance: Disturbance) -> None:
+        self._engine = TransformersEngine(model, tokenizer, routes=True)
+        self._disturbed = partial(disturbance, model)
+
+    id = property(lambda self: self._engine.id)
+    weight_version = property(lambda self: self._engine.weight_version)
+    shares_weights = property(lambda self: True)
+    returns_routes = property(lambda self: True)
+    dtype = property(lambda self: self._engine.dtype)
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+        with self._disturbed():
+            return self._engine.generate(requests, sampling)
+
+    def score(self, sequences: Sequence[Tensor]) -> list[Tensor]:
+        return self._engine.score(sequences)
+
+    def sync_weights(self, source: WeightSource, version: int) -> None:
+        self._engine.sync_weights(source, version)
+
+    def health(self) -> Health:
+        return self._engine.health()
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def warmed(seed: int, **sizes: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model that has seen demonstrations of which 70 % have one wrong digit."""
+    with isolated_rng(seed):
+        model, tokenizer = TinyModel(experts=8, **sizes).load(TASK, seed=seed)
+        warm_up(model, tokenizer, TASK, WarmUp(steps=300))
+    return model, tokenizer
+
+
+# --- one policy, its samples scored twice -----------------------------------------------------------------
+
+
+def static(seed: int, prompts: int) -> list[dict[str, Any]]:
+    model, tokenizer = warmed(seed)
+    texts: list[str] = TASK.prompts(prompts, split="test")["prompt"]
+    requests = [Request(prompt_ids=tokenizer(text)["input_ids"]) for text in texts for _ in range(4)]
+    return [{"seed": seed, "engine": name, **scored(model, tokenizer, requests, d)} for name, d in DISTURBANCES.items()]
+
+
+@torch.no_grad()
+def scored(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request], disturbance: Disturbance
+) -> dict[str, float]:
+    """k3 per token without and with replay, and the share of (token, layer) pairs with other experts."""
+    engine = DisturbedEngine(model, tokenizer, disturbance=disturbance)
+    rollouts = engine.generate(requests, Sampling(max_new_tokens=8, seed=0))
+    rows = [torch.cat([rollout.prompt_ids, rollout.token_ids]) for rollout in rollouts]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    routers = Routers(model)
+    brought = Routes.padded(
+        [Routes(experts=r.routed_experts, valid=torch.ones(len(r.routed_experts)).bool()) for r in rollouts], mask
+    )
+    sampler = torch.cat([rollout.logprobs for rollout in rollouts])
+    own = completion_mask(rollouts, ids)
+    found: dict[str, float] = {}
+    for name, watch in {"native": routers.recording(), "replayed": routers.replaying(brought)}.items():
+        with watch as watched:
+            logps = model(ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
+        delta = logps.gather(-1, ids[:, 1:, None]).squeeze(-1)[own] - sampler
+        executed = watched.routes(len(ids)).experts[:, :-1][own]
+        found[f"k3_{name}"] = (delta.expm1() - delta).double().mean().item()
+        found[f"flips_{name}"] = flipped(executed, brought.experts[:, :-1][own]).float().mean().item()
+    return found
+
+
+def completion_mask(rollouts: Sequence[Rollout], ids: Tensor) -> Tensor:
+    """Where the prediction of a completion's token stands, `[B, T - 1]`."""
+    place = torch.arange(ids.shape[1] - 1)
+    starts = torch.tensor([len(rollout.prompt_ids) - 1 for rollout in rollouts])[:, None]
+    return (place >= starts) & (place < starts + torch.tensor([len(r.token_ids) for r in rollouts])[:, None])
+
+
+# --- training -----------------------------------------------------------------
+
+
+def trainer_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, seed: int, steps: int, **extra: Any
+) -> StableGRPOTrainer:
+    rows = extra.pop("rows", 128)
+    return StableGRPOTrainer(
+        model,
+        TASK.reward,
+        GRPOConfig(
+            str(folder / "host"),
+            seed=seed,
+            max_steps=steps,
+            learning_rate=5e-4,
+            lr_scheduler_type="constant",
+            per_device_train_batch_size=rows,
+            num_generations=8,
+            max_completion_length=8,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            router_aux_loss_coef=0.0,
+        ),
+        objective=presets.dapo(),
+        train_dataset=TASK.prompts(1024, split="train", seed=seed),
+        processing_class=tokenizer,
+        signals=Signals(drift=False),
+        **extra,
+    )
+
+
+def trained(seed: int, steps: int, replay: str | None) -> dict[str, Any]:
+    """k3, flips and the sampler's reward at the start and over the last tenth, with router noise of 2."""
+    model, tokenizer = warmed(seed)
+    folder = Path(tempfile.mkdtemp())
+    run = RunFolder.create(folder / "run", config_text="benchmark: moe_mismatch\n")
+    engine = partial(DisturbedEngine, disturbance=noise(2.0))
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer_of(model, tokenizer, folder, seed=seed, steps=steps, engine=engine, replay=replay, run=run).train()
+    rows = [row.values for row in run.metrics().rows]
+    last = rows[-max(1, steps // 10) :]
+    keys = {"k3": "mismatch/k3", "ess": "mismatch/ess_token", "reward": "train/reward", "flips": "routes/flip_share"}
+    ends = {f"{name}_end": statistics.fmean(row[key] for row in last) for name, key in keys.items()}
+    curve = {name: [row[key] for row in rows] for name, key in keys.items()}
+    return {"seed": seed, "replay": replay, "k3_start": rows[0]["mismatch/k3"], **ends, "curve": curve}
+
+
+# --- cost -----------------------------------------------------------------
+
+
+def cpu_seconds(work: Callable[[], Any]) -> float:
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
+def in_turn(arms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
+    """Median over rounds of each arm's time over that of the first, which is timed twice."""
+    first = next(iter(arms))
+    arms = {**arms, "again": arms[first]}
+    for work in arms.values():
+        work()
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(rounds):
+        names = list(arms)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            times[name].append(cpu_seconds(arms[name]))
+    ratios = {n: statistics.median(t / b for t, b in zip(times[n], times[first], strict=True)) for n in arms}
+    return {"seconds": statistics.median(times[first]), "ratios": {n: r for n, r in ratios.items() if n != first}}
+
+
+def cost(rounds: int) -> dict[str, Any]:
+    model, tokenizer = TinyModel(hidden=128, layers=4, heads=4, experts=8).load(TASK, seed=0)
+    requests = [
+        Request(prompt_ids=tokenizer(text)["input_ids"]) for text in TASK.prompts(16, split="train")["prompt"] * 4
+    ]
+    sampling = Sampling(max_new_tokens=32, seed=0, stop_ids=())
+    arms = {
+        name: partial(TransformersEngine(model, tokenizer, routes=routes).generate, requests, sampling)
+        for name, routes in {"plain": False, "recording": True}.items()
+    }
+    found = {"sampling": in_turn(arms, rounds)}
+    steps = {}
+    for name, replay in {"plain": None, "replay": "R3"}.items():
+        engine = partial(TransformersEngine, routes=replay is not None)
+        model, tokenizer = TinyModel(hidden=128, layers=4, heads=4, experts=8).load(TASK, seed=0)
+        trainer = trainer_of(
+            model, tokenizer, Path(tempfile.mkdtemp()), seed=0, steps=4, engine=engine, replay=replay, rows=64
+        )
+        steps[name] = partial(quietly, trainer.train)
+    return found | {"four steps": in_turn(steps, max(1, rounds // 3))}
+
+
+def quietly(work: Callable[[], Any]) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):
+        work()
+
+
+# --- tables -----------------------------------------------------------------
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.2g} ({min(values):.2g} to {max(values):.2g})"
+
+
+def print_static(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    table = Table(
+        "engine", "flipped pairs", "k3 without", "k3 with replay", "factor", title="median (range) over seeds"
+    )
+    for engine in dict.fromkeys(row["engine"] for row in rows):
+        of = [row for row in rows if row["engine"] == engine]
+        table.add_row(
+            engine,
+            spread([row["flips_native"] for row in of]),
+            spread([row["k3_native"] for row in of]),
+            spread([row["k3_replayed"] for row in of]),
+            spread([row["k3_native"] / row["k3_replayed"] for row in of]),
+        )
+    console.print(table)
+
+
+def print_rl(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    table = Table(
+        "replay", "k3 at step 1", "k3 at the end", "ESS", "sampler's reward", "flipped pairs", title="router noise 2"
+    )
+    for replay in (None, "R3"):
+        of = [row for row in rows if row["replay"] == replay]
+        keys = ("k3_start", "k3_end", "ess_end", "reward_end", "flips_end")
+        table.add_row(str(replay), *(spread([row[key] for row in of]) for key in keys))
+    console.print(table)
+
+
+def print_cost(found: dict[str, Any], console: Console) -> None:
+    table = Table("what", "CPU seconds", "ratio", "noise", title="cost")
+    for what, result in found.items():
+        ratios = result["ratios"]
+        (arm,) = set(ratios) - {"again"}
+        table.add_row(f"{what}: {arm}", f"{result['seconds']:.3f}", f"{ratios[arm]:.3f}", f"{ratios['again']:.3f}")
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=["static", "rl", "cost"], default=["static", "rl", "cost"])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    disable_progress_bar()
+    console = Console(width=130)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__}
+    found: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "threads": 1, **versions}
+    if "static" in given.parts:
+        found["static"] = [row for seed in range(given.seeds) for row in static(seed, given.prompts)]
+        print_static(found["static"], console)
+    if "rl" in given.parts:
+        found["rl"] = [trained(seed, given.steps, replay) for seed in range(given.seeds) for replay in (None, "R3")]
+        print_rl(found["rl"], console)
+    if "cost" in given.parts:
+        found["cost"] = cost(given.rounds)
+        print_cost(found["cost"], console)
+    if given.json is not None:
+        given.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
