@@ -82,6 +82,27 @@ def test_a_reward_that_raises_ends_the_run_with_its_name(file: Path, tmp_path: P
         run_recipe(read, console=Console(quiet=True))
 
 
+def test_what_could_not_be_scored_is_counted(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "half_of_it.py").write_text(
+        "def broken(completions, **columns):\n"
+        "    if len(completions) > 1 or completions[0].startswith(tuple('01234')):\n"
+        "        raise RuntimeError('no')\n"
+        "    return [1.0]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    part = "{class_path: FunctionReward, init_args: {function: half_of_it.broken, on_error: none, weight: 0}}"
+    overrides = [
+        ("output", str(tmp_path / "run")),
+        ("rewards.seen", part),
+        ("trainer.per_device_train_batch_size", "32"),
+    ]
+    folder = run_recipe(read_recipe(file, overrides), console=Console(quiet=True)).folder
+    (row,) = folder.metrics().rows
+    assert 0 < row.values["rewards/seen/failed"] < 1
+    assert row.values["rewards/seen/mean"] == 1.0
+    assert "rewards/correct/failed" not in row.values
+
+
 def test_groups_must_be_whole_where_they_are_compared() -> None:
     rewards = {"correct": Correct(), "shorter": RelativeLength()}
     check_groups(rewards, rows=8, group=4, processes=2)
