@@ -95,14 +95,16 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "SigmaFilter": [{"advantage": GroupNorm()}],
     "MixedGroups": [{}, {"unit": "sequence"}],
     "RPG": [
-        {"divergence": divergence, "normalised": normalised, "form": form, "beta": 0.2, "clip": clip}
-        for divergence in ("forward", "reverse")
-        for normalised, clip in ((False, True), (True, False))
-        for form in ("differentiable", "reinforce")
+        {"beta": 0.2, "divergence": divergence, "form": form, "normalised": normalised, "clip": clip}
+        for divergence, form, normalised, clip in (
+            ("forward", "differentiable", False, True),
+            ("forward", "reinforce", True, False),
+            ("reverse", "differentiable", True, True),
+            ("reverse", "differentiable", False, False),
+            ("reverse", "reinforce", False, True),
+        )
     ],
-    "ScoreWeight": [
-        {"divergence": name, "teacher": "initial"} for name in ("js", "forward_kl", "hellinger", "jeffreys")
-    ],
+    "ScoreWeight": [{"divergence": name, "teacher": "initial"} for name in ("js", "jeffreys")],
     "SoftOverlong": [{"longest": 6, "cache": 3}],
     "TopCovariance": [{"fraction": 0.2}],
     "TopEntropy": [{"fraction": 0.5}],
