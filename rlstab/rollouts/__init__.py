@@ -5,6 +5,7 @@ if __name__ != "rlstab.rollouts":
         f"this room is rlstab.rollouts; as {__name__!r} it would be a second copy: import rlstab.rollouts"
     )
 
+from rlstab.rollouts._check import EngineCheck, check_engine
 from rlstab.rollouts._engine import Engine, Health
 from rlstab.rollouts._kept import KeptSets, renormalised_logprobs
 from rlstab.rollouts._request import Request, Sampling, Truncation
@@ -13,11 +14,19 @@ from rlstab.rollouts._store import load_rollouts, save_rollouts
 from rlstab.rollouts._transformers import TransformersEngine
 from rlstab.rollouts._verify import SyncReport, SyncVerifier
 from rlstab.rollouts._vllm import VLLMEngine
+from rlstab.rollouts._vllm_host import (
+    colocated_arguments,
+    colocated_start,
+    colocated_steps,
+    runs_on_cpu,
+    take_weights,
+)
 from rlstab.rollouts._weights import ModelWeights, WeightSource
 
 __all__ = [
     "NOT_SAMPLED",
     "Engine",
+    "EngineCheck",
     "FinishReason",
     "Health",
     "KeptSets",
@@ -33,8 +42,14 @@ __all__ = [
     "Turn",
     "VLLMEngine",
     "WeightSource",
+    "check_engine",
+    "colocated_arguments",
+    "colocated_start",
+    "colocated_steps",
     "join_turns",
     "load_rollouts",
     "renormalised_logprobs",
+    "runs_on_cpu",
     "save_rollouts",
+    "take_weights",
 ]

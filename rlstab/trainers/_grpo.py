@@ -27,6 +27,7 @@ from rlstab.losses import (
 from rlstab.record import RunFolder
 from rlstab.rollouts import Engine
 from rlstab.trainers import _arguments, _batches, _checkpoint, _host_metrics, _signals, _supply
+from rlstab.trainers._colocate import colocated_vllm
 from rlstab.trainers._exact_pass import ExactPass, Streaming
 from rlstab.trainers._generation import EngineFactory, Generation
 from rlstab.trainers._host import GRPOConfig, GRPOTrainer, disable_gradient_checkpointing
@@ -125,7 +126,8 @@ class StableGRPOTrainer(GRPOTrainer):
             _supply.reference_sources(self._needs, args, peft=peft), watched, model, peft=peft
         )
         copy_adapter = peft and bool(self._references.sources)
-        with _arguments.host_loss_arguments(args, beta=1.0 if copy_adapter else 0.0, ours=objective is not None):
+        ours = objective is not None
+        with _arguments.host_loss_arguments(args, beta=1.0 if copy_adapter else 0.0, ours=ours), colocated_vllm(args):
             super().__init__(model, reward_funcs, args, **host)
         self.beta = 0.0
         self._recorder = Recorder(self, run)
