@@ -42,7 +42,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ranks(output: Path) -> list[Any]:
     """The results of both."""
     found = [torch.load(output / f"results-{rank}.pt", weights_only=False) for rank in (0, 1)]
-    assert [result[name]["processes"] for result in found for name in result] == [2] * 6
+    assert [result[name]["processes"] for result in found for name in result] == [2] * 8
     return found
 
 
@@ -105,3 +105,11 @@ def test_one_process_does_not_resume_what_two_have_written(ranks: list[Any], out
     trainer = trainer_of(tmp_path, settings={**SETTINGS, "max_steps": 5})
     with pytest.raises(ConfigError, match="written by 2 processes and is resumed by 1"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize("head", ["tied", "untied", "adapter"])
+def test_sharded_models_have_the_gradient_of_whole_ones(ranks: list[Any], head: str) -> None:
+    for result in ranks:
+        ours, whole = result["sharded"]["gradients"][head]
+        assert gradient_distance(ours, whole) <= 1e-5
+        assert any(gradient.any() for gradient in whole.values())

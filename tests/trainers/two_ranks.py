@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from equality import Trace, Tracer, config, digits_reward, prompts, run
+from sharded_models import sharded_gradients
 from small_runs import TOKENIZER, run_folder, tiny_policy, trainer_of, weights
 from trl import GRPOTrainer
 
@@ -135,6 +136,7 @@ def main() -> None:
         "spread": spread_run(output, rows=ROWS // 4, accumulation=2),
         "host": beside_the_host(output),
         "resumed": stopped_and_resumed(output),
+        "sharded": {"processes": torch.distributed.get_world_size(), "gradients": sharded_gradients()},
     }
     torch.save(results, output / f"results-{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()

@@ -1,0 +1,54 @@
+"""The benchmark of gradient noise runs, its two forms agree in the mean, and it writes figures and a plot."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gradient_noise.py"
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where figures and plot of a short run are."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    command = [sys.executable, str(SCRIPT), "--json", str(folder / "figures.json"), "--plot", str(folder / "plot.png")]
+    command += ["--batches", "5", "--seeds", "1", "--updates", "5", "--warm-up", "20"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=SCRIPT.parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "updates to 25% of the start" in done.stdout
+    return folder
+
+
+def test_the_exact_gradient_varies_less_around_the_same_mean(output: Path) -> None:
+    figures: dict[str, Any] = json.loads((output / "figures.json").read_text())
+    assert set(figures["noise"]) == {"reverse KL", "JSD", "forward KL"}
+    for rows in figures["noise"].values():
+        assert len(rows) == 5
+        for row in rows:
+            assert row["ratio"] == pytest.approx(row["sampled"] / row["exact"])
+            assert row["bias in standard errors"] < 2
+        assert sorted(row["ratio"] for row in rows)[2] > 1.2
+
+
+def test_every_descent_begins_at_the_same_distance(output: Path) -> None:
+    found: dict[str, Any] = json.loads((output / "figures.json").read_text())["descent"]
+    for name in ("reverse KL", "forward KL"):
+        curves = [found[f"{name}, {form}"]["curves"][0] for form in ("sampled", "exact")]
+        assert [len(curve) for curve in curves] == [2, 2]
+        assert curves[0][0] == pytest.approx(curves[1][0], rel=0.5)
+        assert min(curves[1]) < curves[1][0]
+
+
+def test_the_plot_has_a_picture_in_it(output: Path) -> None:
+    with Image.open(output / "plot.png") as image:
+        assert image.width > 1000
+        colours = image.convert("RGB").resize((64, 32)).getcolors(64 * 32)
+    assert len(colours or []) > 20
