@@ -22,6 +22,7 @@ from rlstab.monitors._diagnosis_data import (
     Sign,
     Trace,
 )
+from rlstab.monitors._fall import Fall
 from rlstab.monitors._monitor import Monitor
 from rlstab.monitors._relative import Drift, Side, Spike, ValueScale
 from rlstab.monitors._rules import CAUSES, Cause, Rule, Severity, default_rules
@@ -46,6 +47,7 @@ __all__ = [
     "Evidence",
     "Ewma",
     "Explanation",
+    "Fall",
     "Happening",
     "Level",
     "Monitor",

@@ -1,6 +1,6 @@
 """How high a limit must be for a given rate of false alarms: measured, not assumed.
 
-The tables hold false alarms per 1000 steps with a baseline of 100 steps, the worst of five kinds of noise: independent
+The tables hold false alarms per 1000 steps, by length of the baseline, the worst of five kinds of noise: independent
 and AR(1) with 0.5 and 0.8, normal; Student's t with 3 (charts) and 5 degrees of freedom, independent. 3000 series of
 1000 steps each. Spikes are judged without t(3): whose single values lie beyond any limit that would still find one.
 """
@@ -13,10 +13,31 @@ from rlstab.monitors._charts import Chart, Cusum, Ewma, PageHinkley
 
 Table = tuple[tuple[float, float], ...]
 
-OF_CHART: dict[Chart, Table] = {
-    Cusum(): ((6, 0.318), (7, 0.139), (8, 0.0615), (9, 0.0253), (10, 0.0127), (11, 0.007), (13, 0.0027), (15, 0.0017)),
-    Ewma(): ((4, 0.532), (4.5, 0.229), (5, 0.095), (5.5, 0.036), (6, 0.0104), (6.5, 0.0043), (7, 0.002)),
-    PageHinkley(): ((10, 1.74), (15, 0.445), (20, 0.114), (25, 0.0513), (30, 0.0263), (35, 0.0124), (40, 0.0067)),
+OF_CHART: dict[tuple[Chart, int], Table] = {
+    (Cusum(), 40): (
+        *((8, 0.136), (10, 0.107), (12, 0.0801), (14, 0.0635), (17, 0.0476)),
+        *((20, 0.0336), (25, 0.0238), (30, 0.0177), (40, 0.0095)),
+    ),
+    (Cusum(), 100): (
+        (6, 0.318),
+        (7, 0.139),
+        (8, 0.0615),
+        (9, 0.0253),
+        (10, 0.0127),
+        (11, 0.007),
+        (13, 0.0027),
+        (15, 0.0017),
+    ),
+    (Ewma(), 100): ((4, 0.532), (4.5, 0.229), (5, 0.095), (5.5, 0.036), (6, 0.0104), (6.5, 0.0043), (7, 0.002)),
+    (PageHinkley(), 100): (
+        (10, 1.74),
+        (15, 0.445),
+        (20, 0.114),
+        (25, 0.0513),
+        (30, 0.0263),
+        (35, 0.0124),
+        (40, 0.0067),
+    ),
 }
 OF_SPIKE: Table = (
     *((6, 0.872), (7, 0.417), (8, 0.218), (9, 0.147), (10, 0.0983)),
@@ -38,15 +59,27 @@ def limit_for(table: Table, rate: float) -> float:
     return table[-1][0]
 
 
-def chart_limit(chart: Chart, rate: float) -> float:
-    """The limit of a chart for a rate of false alarms.
+def chart_limit(chart: Chart, window: int, rate: float) -> float:
+    """The limit of a chart over a baseline of `window` steps, for a rate of false alarms.
 
     Raises:
-        ConfigError: the chart has other parameters than those that were measured.
+        ConfigError: the chart has other parameters than those that were measured, or the baseline another length.
 
-    >>> chart_limit(Cusum(), 0.0615)
+    >>> chart_limit(Cusum(), 100, 0.0615)
     8.0
     """
-    if chart not in OF_CHART:
-        raise ConfigError(f"Drift.limit: expected a number beside {chart!r}, whose false alarms were not measured")
-    return limit_for(OF_CHART[chart], rate)
+    if (chart, window) not in OF_CHART:
+        measured = ", ".join(f"{known!r} over {length}" for known, length in OF_CHART)
+        raise ConfigError(
+            f"Drift.limit: expected a number beside {chart!r} over {window} steps; measured are only {measured}"
+        )
+    return limit_for(OF_CHART[chart, window], rate)
+
+
+def spike_limit(known: int, rate: float) -> float:
+    """The limit of a robust z when `known` values are the norm: further out while they are few.
+
+    >>> spike_limit(20, 0.0333)
+    15.0
+    """
+    return limit_for(OF_SPIKE, rate) * (1 + 5 / known)

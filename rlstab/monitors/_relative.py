@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rlstab.monitors._baseline import Baseline, median_and_mad, robust_spread
-from rlstab.monitors._budget import OF_SPIKE, chart_limit, limit_for
+from rlstab.monitors._budget import chart_limit, spike_limit
 from rlstab.monitors._charts import Chart, Cusum
 from rlstab.monitors._checks import check
 from rlstab.monitors._detectors import Detector, Reading, Tracker
@@ -80,7 +80,7 @@ class Spike(_Relative):
     """
 
     limit: float | None = None
-    least: int = 50
+    least: int = 20
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,7 +106,7 @@ class _SpikeTracker(Tracker):
         if len(known) >= detector.least:
             centre, deviation = median_and_mad(known)
             z = (x - centre) / robust_spread(centre, deviation, detector.least_spread)
-            limit = detector.limit if detector.limit is not None else limit_for(OF_SPIKE, rate)
+            limit = detector.limit if detector.limit is not None else spike_limit(len(known), rate)
             beyond = z > limit and detector.counts(value)
         self.values = [*known, x][-detector.window :]
         self._settle(step, beyond=beyond, calm=z < limit / 2, since=step, calm_steps=3)
@@ -152,7 +152,7 @@ class Drift(_Relative):
         super().__post_init__()
         check(self.limit is None or self.limit > 0, "Drift.limit", "a number > 0", self.limit)
         if self.limit is None:
-            chart_limit(self.chart, 1.0)
+            chart_limit(self.chart, self.window, 1.0)
 
     def track(self) -> Tracker:
         """A tracker that has seen nothing yet."""
@@ -177,7 +177,7 @@ class _DriftTracker(Tracker):
             self._take_baseline()
             return Reading(False, False)
         normal = Baseline(median=self.baseline[0], spread=self.baseline[1], rho=self.baseline[2])
-        limit = detector.limit if detector.limit is not None else chart_limit(detector.chart, rate)
+        limit = detector.limit if detector.limit is not None else chart_limit(detector.chart, detector.window, rate)
         statistic = self._fold(step, normal.standardised(x))
         beyond, was_raised = statistic > limit and detector.counts(value), self.raised
         self._settle(step, beyond=beyond, calm=statistic < limit / 2, since=self.first, calm_steps=3)

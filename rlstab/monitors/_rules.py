@@ -1,12 +1,13 @@
 """Rules: which detector looks at which signal, how bad it is, and what is done. Rules are data."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from rlstab.monitors._actions import Action, Note, RollBack, SkipStep
 from rlstab.monitors._checks import check
 from rlstab.monitors._detectors import Detector, Level, NonFinite
+from rlstab.monitors._fall import Fall
 from rlstab.monitors._relative import Drift, Spike
 from rlstab.schema import signal
 
@@ -120,7 +121,7 @@ def default_rules(*, act: bool = False) -> tuple[Rule, ...]:
 
 
 def _of_numbers(skip: Action) -> Sequence[Rule]:
-    norm = Spike(scale="log", floor=1e-8, least_spread=0.1)
+    norm = Spike(scale="log", floor=1e-6, least_spread=0.1)
     return (
         Rule(signal="step/loss", detector=NonFinite(), severity="critical", action=skip, cause="numerics"),
         Rule(
@@ -130,30 +131,39 @@ def _of_numbers(skip: Action) -> Sequence[Rule]:
             action=skip,
             cause="numerics",
         ),
+        Rule(signal="train/grad_norm", detector=NonFinite(), severity="critical", cause="numerics"),
         Rule(signal="train/grad_norm", detector=norm, action=skip, cause="optimisation"),
     )
 
 
 def _of_mismatch(back: Action) -> Sequence[Rule]:
     return (
-        Rule(signal="mismatch/k3", detector=Level(above=0.2, clear=0.1, growth=3.0)),
-        Rule(signal="mismatch/k3", detector=Level(above=0.5, clear=0.3, growth=3.0), severity="critical", action=back),
-        Rule(signal="mismatch/f2", detector=Level(above=0.1, clear=0.05, growth=3.0)),
+        Rule(signal="mismatch/k3", detector=Level(above=0.2, clear=0.1, growth=3.0, start=3)),
+        Rule(signal="mismatch/f2", detector=Level(above=0.1, clear=0.05, growth=3.0, start=3)),
+        Rule(
+            signal="mismatch/k3",
+            detector=Level(above=0.5, clear=0.3, growth=3.0, start=3),
+            severity="critical",
+            action=back,
+        ),
+        Rule(signal="mismatch/k3", detector=Level(above=1.0, clear=0.5), severity="critical"),
     )
 
 
 def _of_policy(back: Action) -> Sequence[Rule]:
-    falling = Drift(side="low", renew=True, least_spread=0.02)
+    sinking = Drift(side="low", window=40, renew=True, least_spread=0.02)
     return (
         Rule(signal="policy/entropy", detector=Level(below=0.05, clear=0.08, growth=5.0, steps=5), cause="exploration"),
         Rule(signal="policy/entropy", detector=Level(above=0.5, growth=2.0, steps=5), cause="exploration"),
         Rule(signal="train/frac_reward_zero_std", detector=Level(above=0.8, clear=0.7, steps=10), cause="saturation"),
-        Rule(signal="train/reward", detector=falling, severity="critical", action=back, cause="reward"),
+        Rule(signal="train/reward", detector=sinking, cause="reward"),
+        Rule(signal="train/reward", detector=Fall(), severity="critical", action=back, cause="reward"),
     )
 
 
 def _of_completions() -> Sequence[Rule]:
-    detectors = [Drift(side=side, scale="log", floor=1.0, renew=True, least_spread=0.05) for side in ("high", "low")]
+    shift = Drift(window=40, scale="log", floor=1.0, renew=True, least_spread=0.05)
+    detectors = (shift, replace(shift, side="low"))
     cut = Level(above=0.5, clear=0.4, growth=2.0, steps=5)
     return (
         *(Rule(signal="completions/mean_length", detector=detector, cause="length") for detector in detectors),

@@ -8,7 +8,7 @@ from monitor_vectors import vector
 
 from rlstab.errors import ConfigError
 from rlstab.monitors import Baseline, Chart, Cusum, Ewma, PageHinkley
-from rlstab.monitors._budget import OF_CHART, OF_SPIKE, chart_limit, limit_for
+from rlstab.monitors._budget import OF_CHART, OF_SPIKE, chart_limit, limit_for, spike_limit
 
 WORKED = vector("detectors")
 X: list[float] = WORKED["x"]
@@ -65,22 +65,28 @@ def test_outliers_do_not_move_a_baseline() -> None:
 
 def test_charts_wait_for_values_on_one_side() -> None:
     balanced, shifted = [1.0, -1.0] * 50, [2.0] * 50
-    for chart in OF_CHART:
+    for chart in {chart for chart, _ in OF_CHART}:
         assert max(chart.statistics([2.0 * x for x in balanced])) < max(chart.statistics([-2.0] * 20 + shifted))
 
 
-@pytest.mark.parametrize("chart", OF_CHART, ids=lambda chart: type(chart).__name__)
-def test_limits_grow_as_the_budget_shrinks(chart: Chart) -> None:
-    limits = [chart_limit(chart, rate) for rate in (10.0, 1.0, 0.1, 0.01, 1e-6)]
+@pytest.mark.parametrize(("chart", "window"), OF_CHART, ids=str)
+def test_limits_grow_as_the_budget_shrinks(chart: Chart, window: int) -> None:
+    limits = [chart_limit(chart, window, rate) for rate in (10.0, 1.0, 0.1, 0.01, 1e-6)]
     assert limits == sorted(limits)
     assert limits[1] < limits[3]
-    for table in (OF_CHART[chart], OF_SPIKE):
+    for table in (OF_CHART[chart, window], OF_SPIKE):
         assert [limit_for(table, rate) for _, rate in table] == pytest.approx([limit for limit, _ in table])
 
 
 def test_an_unmeasured_chart_needs_a_limit() -> None:
-    with pytest.raises(ConfigError, match=r"Drift.limit: expected a number beside Cusum\(k=2.0\)"):
-        chart_limit(Cusum(k=2.0), 1.0)
+    with pytest.raises(ConfigError, match=r"Drift.limit: expected a number beside Cusum\(k=2.0\) over 100 steps"):
+        chart_limit(Cusum(k=2.0), 100, 1.0)
+    with pytest.raises(ConfigError, match=r"beside Ewma\(lam=0.1\) over 40 steps"):
+        chart_limit(Ewma(), 40, 1.0)
+
+
+def test_few_values_move_the_limit_of_a_spike_out() -> None:
+    assert spike_limit(20, 0.1) > spike_limit(50, 0.1) > spike_limit(100, 0.1) > limit_for(OF_SPIKE, 0.1)
 
 
 @pytest.mark.parametrize(

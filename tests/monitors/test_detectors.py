@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlstab.errors import ConfigError
-from rlstab.monitors import Cusum, Detector, Drift, Ewma, Level, NonFinite, PageHinkley, Spike
+from rlstab.monitors import Cusum, Detector, Drift, Ewma, Fall, Level, NonFinite, PageHinkley, Spike
 
 NOISE = np.random.default_rng(3).standard_normal(300)
 RATE = 0.05
@@ -69,7 +69,8 @@ def test_spike_on_the_log_scale_sees_factors() -> None:
 
 
 def test_spike_waits_until_it_knows_the_norm() -> None:
-    assert raised_at(Spike(), [*NOISE[:30], 50.0, *NOISE[30:60]]) == []
+    assert raised_at(Spike(), [*NOISE[:19], 50.0, *NOISE[19:60]]) == []
+    assert raised_at(Spike(), [*NOISE[:40], 50.0, *NOISE[40:60]])[0] == 40
 
 
 @pytest.mark.parametrize("chart", [Cusum(), Ewma(), PageHinkley()], ids=lambda chart: type(chart).__name__)
@@ -83,7 +84,7 @@ def test_drift_finds_a_shift_and_not_an_outlier(chart: Cusum | Ewma | PageHinkle
 
 def test_drift_learns_a_level_that_stays() -> None:
     """Raised while the shift is new, calm once it is the norm, raised again by the way back down and up."""
-    steps = raised_at(Drift(window=50), [*NOISE[:80], *(NOISE[80:300] + 4.0)])
+    steps = raised_at(Drift(window=40), [*NOISE[:80], *(NOISE[80:300] + 4.0)])
     assert steps[0] < 90
     assert steps[-1] < 150
 
@@ -103,18 +104,49 @@ def test_drift_that_renews_lets_slow_trends_pass() -> None:
     assert raised_at(Drift(renew=True), rising) == []
 
 
+def test_a_fall_is_lost_share_beyond_the_noise() -> None:
+    learned = [0.4 + 0.5 * (1 - math.exp(-step / 30)) + 0.03 * float(NOISE[step]) for step in range(120)]
+    assert raised_at(Fall(), learned) == []
+    lost = [*learned, *(0.5 * value for value in learned[:60])]
+    assert 120 <= raised_at(Fall(), lost)[0] <= 125
+    tracker = Fall().track()
+    readings = [tracker.update(step, value, RATE) for step, value in enumerate(lost[:130])]
+    assert 100 < (readings[-1].since or 0) <= 120
+    assert "best was 0.9" in readings[-1].evidence
+
+
+def test_noise_alone_is_no_fall() -> None:
+    """Means of a signal near zero lose any share of their best all the time."""
+    assert raised_at(Fall(), [0.02 * abs(float(value)) for value in NOISE]) == []
+    assert raised_at(Fall(noise=0.0), [0.02 * abs(float(value)) for value in NOISE])
+
+
+def test_what_was_lost_can_come_back() -> None:
+    steps = raised_at(Fall(), [*[0.8] * 20, *[0.2] * 20, *[0.8] * 20])
+    assert steps[0] <= 24
+    assert 40 < steps[-1] < 52
+
+
 @pytest.mark.parametrize(
     "detector",
     [
         NonFinite(),
         Level(above=1.0, growth=2.0),
         Spike(scale="log", floor=1e-3),
-        *(Drift(chart=chart, window=50, renew=True) for chart in (Cusum(), Ewma(), PageHinkley())),
+        *(Drift(chart=chart, window=50, renew=True, limit=9.0) for chart in (Cusum(), Ewma(), PageHinkley())),
     ],
     ids=repr,
 )
 def test_state_goes_on_exactly(detector: Detector) -> None:
-    values = [*NOISE[:90], math.nan, *(NOISE[90:200] + 2.5)]
+    assert_goes_on(detector, [*NOISE[:90], math.nan, *(NOISE[90:200] + 2.5)])
+
+
+def test_state_of_a_fall_goes_on_exactly() -> None:
+    assert_goes_on(Fall(), [*(0.8 + 0.02 * NOISE[:100]), *(0.4 + 0.02 * NOISE[100:150])])
+
+
+def assert_goes_on(detector: Detector, values: Sequence[float]) -> None:
+    """Saved and taken up at several steps, the readings are those of one tracker."""
     whole = detector.track()
     expected = [whole.update(step, value, RATE) for step, value in enumerate(values)]
     assert any(reading.raised for reading in expected)
@@ -149,6 +181,9 @@ def test_a_saved_state_does_not_move_with_the_tracker() -> None:
         (lambda: Spike(least=200), r"Spike.least: expected 20 to 100 \(window\), got 200"),
         (lambda: Spike(scale="log"), "Spike.floor: expected a number > 0 on the log scale"),
         (lambda: Drift(side="up"), "Drift.side: expected 'high' or 'low', got 'up'"),  # type: ignore[arg-type]
+        (lambda: Fall(share=1.5), r"Fall.share: expected a share in \(0, 1\), got 1.5"),
+        (lambda: Fall(window=1), "Fall.window: expected at least 2 values, got 1"),
+        (lambda: Drift(window=50), r"Drift.limit: expected a number beside Cusum\(k=1.0\) over 50 steps"),
         (lambda: Drift(chart=Cusum(k=3.0)), r"Drift.limit: expected a number beside Cusum"),
         (lambda: NonFinite(steps=0), "NonFinite.steps: expected at least 1, got 0"),
     ],

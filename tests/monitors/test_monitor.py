@@ -169,7 +169,7 @@ def test_more_rules_at_work_move_limits_out() -> None:
 
 
 def test_a_resumed_monitor_goes_on_exactly() -> None:
-    rules = [WARN, CRITICAL, Rule(signal="train/reward", detector=Drift(side="low", window=30), cause="reward")]
+    rules = [WARN, CRITICAL, Rule(signal="train/reward", detector=Drift(side="low", window=40), cause="reward")]
     rng = np.random.default_rng(2)
     rows = [
         {K3: 0.1 if step < 40 else 0.01 * step, "train/reward": float(rng.normal()) - 3 * (step > 60)}
