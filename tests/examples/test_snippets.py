@@ -11,7 +11,7 @@ from rlstab.batch import LogProbs, TokenBatch
 from rlstab.losses import ClippedSurrogate, Objective, run_parts
 from rlstab.recipes import TinyModel
 from rlstab.tasks import SortDigits
-from rlstab.trainers import GRPOConfig, StableGRPOTrainer
+from rlstab.trainers import DistillationConfig, GRPOConfig, StableDistillationTrainer, StableGRPOTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -88,6 +88,14 @@ def test_the_part_of_the_guide_reaches_its_term() -> None:
     assert terms["raised"].loss == pytest.approx(1.5 * 4.5 / 5)
     loss.backward()
     assert torch.isfinite(loss)
+
+
+def test_the_guide_to_exact_divergences_builds_a_student(given: dict[str, Any], tmp_path: Path) -> None:
+    args = DistillationConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, report_to=[])
+    models = {"student": given["model"], "teacher": given["model"]}
+    names = run("docs/guide/exact_divergences.md", {**given, **models, "args": args})
+    assert set(names["objective"].terms) == {"near", "cover"}
+    assert isinstance(names["trainer"], StableDistillationTrainer)
 
 
 def test_readme_guide_and_example_show_one_term() -> None:
