@@ -3,6 +3,7 @@
 from rlstab.trainers._arguments import check_composition
 from rlstab.trainers._checkpoint import latest_checkpoint
 from rlstab.trainers._distillation import StableDistillationTrainer
+from rlstab.trainers._gradients import SteadyGradients
 from rlstab.trainers._grpo import StableGRPOTrainer
 from rlstab.trainers._guard import Guard
 from rlstab.trainers._host import DistillationConfig, GRPOConfig
@@ -29,6 +30,7 @@ __all__ = [
     "Signals",
     "StableDistillationTrainer",
     "StableGRPOTrainer",
+    "SteadyGradients",
     "Watch",
     "check_composition",
     "latest_checkpoint",
