@@ -56,7 +56,7 @@ class Size(NamedTuple):
     target: float
 
 
-MODELS = {"tiny": Size(64, 2, 4, 256, 8, 1.10), "25M": Size(512, 10, 8, 32, 32, 1.02)}
+MODELS = {"tiny": Size(64, 2, 4, 256, 8, 1.10), "25M": Size(512, 10, 8, 16, 16, 1.02)}
 
 
 def trainer_of(size: Size, folder: Path, steps: int, *, watched: bool) -> Any:

@@ -37,6 +37,10 @@ CAUSES: dict[str, Cause] = {
         "trainer and sampler have come apart",
         "sync the sampler's weights more often, give it the trainer's dtype, or weigh by TruncatedIS(max=2.0)",
     ),
+    "drift": Cause(
+        "the policy is far from where it started",
+        "lower the learning rate, or hold it by a divergence from `initial`; compare held-out scores with the start's",
+    ),
     "optimisation": Cause("the gradient leaves its usual size", "lower the learning rate or max_grad_norm"),
     "exploration": Cause(
         "the policy's entropy leaves its usual range", "add an entropy target or KLCov, or raise the upper clip"
@@ -117,7 +121,7 @@ def default_rules(*, act: bool = False) -> tuple[Rule, ...]:
     """
     skip: Action = SkipStep() if act else Note()
     back: Action = RollBack() if act else Note()
-    return (*_of_numbers(skip), *_of_mismatch(back), *_of_policy(back), *_of_completions(), *_of_model())
+    return (*_of_numbers(skip), *_of_mismatch(back), *_of_drift(), *_of_policy(back), *_of_completions(), *_of_model())
 
 
 def _of_numbers(skip: Action) -> Sequence[Rule]:
@@ -147,6 +151,14 @@ def _of_mismatch(back: Action) -> Sequence[Rule]:
             action=back,
         ),
         Rule(signal="mismatch/k3", detector=Level(above=1.0, clear=0.5), severity="critical"),
+    )
+
+
+def _of_drift() -> Sequence[Rule]:
+    return (
+        Rule(signal="drift/initial/kl", detector=Level(above=0.25, clear=0.2, steps=2)),
+        Rule(signal="drift/initial/kl", detector=Level(above=0.5, clear=0.3, steps=1)),
+        Rule(signal="drift/initial/kl", detector=Level(above=1.0, clear=0.5, steps=2), severity="critical"),
     )
 
 
