@@ -8,7 +8,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 import rlstab
-from rlstab.errors import ConfigError, HostError, RecipeError, RecordError, RlstabError
+from rlstab.errors import ConfigError, HostError, RecipeError, RecordError, RlstabError, WeightSyncError
 
 __all__ = ["main"]
 
@@ -20,12 +20,27 @@ TRAIN_FLAGS = ("--help", "--list-keys", "--resume")
 TRAIN_HELP = """\
 Train as a recipe says. Every key of the recipe can be overridden by its dotted path, as in
 --trainer.learning_rate=1e-4, --objective.terms.drift.coef=0.1 or --output runs/a; values are YAML.
-The keys of a recipe are model, task, objective, advantage, engine, adapter, warmup, evaluation,
+The keys of a recipe are model, task, rewards, objective, advantage, engine, replay, adapter, warmup, evaluation,
 signals, trainer, prompts, output, seed and threads; --list-keys lists what stands below them."""
 
 DIAGNOSE_HELP = """\
 Say what is wrong with a run, why, how sure that is, and what to change; of any origin. Exit code: 0 healthy, 1 warning,
 2 collapsed, 3 could not be read."""
+
+CHECK_HELP = """\
+Load a model on both sides, as the trainer has it and into a rollout engine, sample, and print how far their log-probs
+are apart. Exit code: 0 they agree, 1 they do not, 2 the check could not run."""
+DTYPES = ["float32", "bfloat16", "float16"]
+CHECK_COLUMNS = {
+    "tokens": "tokens",
+    "mean_abs": "mean |Δ|",
+    "k1": "k1",
+    "k3": "k3",
+    "max_abs": "max |Δ|",
+    "f2": "F(2)",
+    "ess_token": "ESS/token",
+    "ess_sequence": "ESS/sequence",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, 2 for a mistake in the arguments or the recipe, 1 for another failure, 130 after Ctrl-C.
-        `diagnose` returns 0 for a healthy run, 1 for a warning, 2 for a collapse, 3 for a run that cannot be read.
+        `diagnose` returns 0 for a healthy run, 1 for a warning, 2 for a collapse, 3 for a run that cannot be read;
+        `check` 0 for agreement, 1 for a mismatch, 2 if it could not run.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     overrides: list[tuple[str, str]] = []
@@ -50,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _diagnose(**vars(chosen.diagnose))
         if chosen.command == "watch":
             return _watch(chosen.watch.run)
+        if chosen.command == "check":
+            return _check(chosen.check)
         return _report(**vars(chosen.report)) if chosen.command == "report" else _methods()
     except ArgumentError as error:
         return _fail(" ".join(str(error).split()), MISTAKE)
@@ -87,6 +105,15 @@ def _parser() -> ArgumentParser:
     diagnose.add_argument("--name", type=str | None, default=None, help="which run of a store that holds several")
     watch = ArgumentParser(description="Show a run in the terminal while it runs, or after. Needs the extra `watch`.")
     watch.add_argument("run", type=str, help="run folder")
+    check = ArgumentParser(description=CHECK_HELP)
+    check.add_argument("model", type=str, help="folder or name of a checkpoint")
+    check.add_argument("--engine", choices=["vllm", "transformers"], default="vllm", help="what samples")
+    check.add_argument("--dtype", choices=DTYPES, default=None, help="precision of the trainer; the checkpoint's")
+    check.add_argument("--engine-dtype", choices=DTYPES, default=None, help="precision of the engine; the trainer's")
+    check.add_argument("--arguments", type=dict, default={}, help="arguments of vLLM, as in '{max_model_len: 512}'")
+    check.add_argument("--temperature", type=float, default=1.0, help="temperature to sample at")
+    check.add_argument("--tokens", type=int, default=64, help="longest completion; 64 are sampled")
+    check.add_argument("--seed", type=int, default=0, help="seed of prompts and samples")
     methods = ArgumentParser(description="List the parts of an objective and the presets, with their papers.")
     parser = ArgumentParser(
         prog="rlstab",
@@ -99,6 +126,7 @@ def _parser() -> ArgumentParser:
     commands.add_subcommand("report", report, help="write the report of a run anew")
     commands.add_subcommand("diagnose", diagnose, help="say what is wrong with a run, and why")
     commands.add_subcommand("watch", watch, help="show a run in the terminal, live")
+    commands.add_subcommand("check", check, help="compare a rollout engine with the trainer's model")
     commands.add_subcommand("methods", methods, help="list parts, presets and their papers")
     return parser
 
@@ -185,6 +213,59 @@ def _watch(run: str) -> int:
 
     watch_run(RunFolder.open(run))
     return 0
+
+
+def _check(options: Any) -> int:
+    try:
+        return _run_check(options)
+    except WeightSyncError as error:
+        return _fail(f"mismatch: {error}", FAILURE)
+    except (RlstabError, OSError, RuntimeError, ValueError, ImportError) as error:
+        return _fail(f"check could not run: {' '.join(str(error).split())}", MISTAKE)
+
+
+def _run_check(options: Any) -> int:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    from rlstab.rollouts import TransformersEngine, VLLMEngine, check_engine
+
+    logging.disable_progress_bar()
+    dtype, engine_dtype = (vars(torch)[name] if name else None for name in (options.dtype, options.engine_dtype))
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype or "auto").eval()
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    if options.engine == "vllm":
+        arguments = {"max_model_len": options.tokens + 16, **options.arguments}
+        engine: Any = VLLMEngine(model, tokenizer, dtype=engine_dtype, arguments=arguments)
+    else:
+        engine = TransformersEngine(model, tokenizer, share=False, dtype=engine_dtype)
+    with engine:
+        found = check_engine(engine, model, temperature=options.temperature, tokens=options.tokens, seed=options.seed)
+    _print_check(found, f"{options.engine} in {engine.dtype}, trainer in {model.dtype}")
+    return 0 if found.agrees else FAILURE
+
+
+def _print_check(found: Any, title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("tokens with probability", *CHECK_COLUMNS.values(), title=title, box=None, title_justify="left")
+    rows = {f"{low:g} to {high:g}": row for (low, high), row in found.buckets.items()} | {"all": found.total}
+    for name, row in rows.items():
+        table.add_row(name, *[f"{row[key]:.3g}" for key in CHECK_COLUMNS])
+    console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
+    console.print(table, highlight=False)
+    if found.agrees:
+        console.print("agreement: the engine samples from the trainer's model, and follows its weights")
+        return
+    remedy = (
+        "look for what differs: precision of a part of the model, kernels, arguments of the engine"
+        if found.exact
+        else "sample in the trainer's precision (--engine-dtype), or correct for it: TruncatedIS, or another weight on "
+        "the sampler's log-probs"
+    )
+    console.print(f"mismatch: the engine samples from another distribution than the trainer believes in; {remedy}")
 
 
 def _methods() -> int:

@@ -63,11 +63,11 @@ def test_numbers_that_make_no_sense(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 @pytest.mark.vllm
-def test_vllm_agrees_and_raw_log_probs_do_not(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_vllm_agrees_and_raw_log_probs_do_not(checkpoint: str, capfd: pytest.CaptureFixture[str]) -> None:
     small = "kv_cache_memory_bytes: 67108864"
     assert main(["check", checkpoint, "--tokens", "20", "--arguments", f"{{{small}}}"]) == 0
-    assert "agreement" in capsys.readouterr().out
+    assert "agreement" in capfd.readouterr().out
     raw = f"{{{small}, logprobs_mode: raw_logprobs}}"
     assert main(["check", checkpoint, "--tokens", "20", "--temperature", "0.6", "--arguments", raw]) == 1
-    assert "raw log-probs" in capsys.readouterr().err
+    assert "raw log-probs" in capfd.readouterr().err
     assert main(["check", checkpoint, "--arguments", f"{{{small}, dtype: bfloat16}}"]) == 2
