@@ -12,17 +12,19 @@ from rlstab.batch import ExactDivergence, Requirement, TokenBatch, VocabStat
 from rlstab.errors import ConfigError
 from rlstab.losses._checks import check_positive, check_range
 from rlstab.losses._controllers import Controller
-from rlstab.losses._divergence import exact_metrics
+from rlstab.losses._divergence import Divergence, exact_metrics
 from rlstab.losses._divergences import AlphaDivergence, ForwardKL, ReverseKL
 from rlstab.losses._metrics import Metric, masked_max, token_mean
 from rlstab.losses._parts import part_name
+from rlstab.losses._streamed_forms import Estimated, Form, Pair, form_of
+from rlstab.losses._streamed_head import is_impossible
 from rlstab.losses._term import Loss, Term
 
 Slopes = tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape V"]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClippedAlpha(AlphaDivergence):
+class ClippedAlpha(Divergence):
     r"""The $\alpha$-divergence with AlphaNet's clip: $f' = (1 - \min(u^{-\alpha}, c)) / \alpha$, $f$ its integral.
 
     The importance factor $(\text{ref}/\pi)^\alpha$ of the gradient is held at $c$, so that no token pulls without
@@ -45,10 +47,13 @@ class ClippedAlpha(AlphaDivergence):
     alpha: float = -1.0
     clip: float = 5.0
 
+    _plain = AlphaDivergence()
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 1 < self.clip < math.inf:
             raise ConfigError(f"ClippedAlpha.clip: expected a bound > 1, got {self.clip!r}")
+        object.__setattr__(self, "_plain", AlphaDivergence(alpha=self.alpha))  # a compiled loss cannot build parts
 
     @property
     def _edge(self) -> float | None:
@@ -63,12 +68,12 @@ class ClippedAlpha(AlphaDivergence):
 
     def df(self, a: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         r"""That of the $\alpha$-divergence, constant beyond the clip."""
-        return super().df(self._inside(a))
+        return self._plain.df(self._inside(a))
 
     def log_scaled_f(self, a: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """That of the alpha-divergence, and of the straight line beyond the clip."""
+        r"""That of the $\alpha$-divergence, and of the straight line beyond the clip."""
         inside = self._inside(a)
-        near = super().log_scaled_f(inside)
+        near = self._plain.log_scaled_f(inside)
         # f(u) = f(edge) + (u - edge) f'(edge), over max(1, u)
         scale = (inside.relu() - a.relu()).exp()
         rise = (a.clamp(max=0).exp() - (inside - a.relu()).exp()) * self.df(inside)
@@ -77,7 +82,8 @@ class ClippedAlpha(AlphaDivergence):
     def log_scaled_df(self, a: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         r"""$\log (|f'(u)| \min(1, u))$."""
         inside = self._inside(a)
-        return torch.where(a == inside, super().log_scaled_df(inside), self.df(inside).abs().log() + a.clamp(max=0))
+        near = self._plain.log_scaled_df(inside)
+        return torch.where(a == inside, near, self.df(inside).abs().log() + a.clamp(max=0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,6 +295,86 @@ class GuidedKL(VocabularyTerm):
         q = log_q.exp()
         value = torch.where(q > 0, q * (log_q - logp), 0.0).sum(-1)
         return torch.where(possible.squeeze(-1), value, torch.inf), -q
+
+
+@dataclass(frozen=True)
+class _Balanced(Form):
+    """`EntropyBalancedKL` as sums over tiles: both entropies, and value and slope of both KLs."""
+
+    favoured: float
+    other: float
+
+    def sums(self, pair: Pair) -> Float[Tensor, "6 N"]:
+        """What a tile contributes."""
+        entropies = [
+            torch.where(p > 0, p * logp, 0.0).sum(-1) for p, logp in ((pair.p, pair.logp), (pair.q, pair.ref_logp))
+        ]
+        return torch.cat([torch.stack(entropies), *(part.sums(pair) for part in _BOTH)])
+
+    def _weighted(self, sums: Float[Tensor, "6 N"], forward: Tensor, reverse: Tensor) -> Tensor:
+        """Both KLs by who is surer: the one with the larger negative entropy."""
+        surer = sums[0] > sums[1]
+        surer = surer.unsqueeze(-1) if forward.dim() > surer.dim() else surer
+        total = torch.zeros_like(forward)
+        for part, mine in ((forward, surer), (reverse, ~surer)):
+            weight = torch.where(mine, self.favoured, torch.full_like(total, self.other))
+            total = total + torch.where(weight > 0, weight * part, 0.0)  # 0 also of an infinite one
+        return total
+
+    def value(self, sums: Float[Tensor, "6 N"]) -> Float[Tensor, "N"]:
+        """The weighted sum."""
+        return self._weighted(sums, sums[2], sums[4]).clamp(min=0)
+
+    def mean_slope(self, sums: Float[Tensor, "6 N"]) -> Float[Tensor, "N"]:
+        """That of the slopes."""
+        return self._weighted(sums, sums[3], sums[5])
+
+    def slope(self, pair: Pair, sums: Float[Tensor, "6 N"]) -> Float[Tensor, "N V"]:
+        """Of both KLs, weighted."""
+        return self._weighted(sums, *(part.both(pair)[1] for part in _BOTH))
+
+
+_BOTH = (Estimated(_FORWARD), Estimated(_REVERSE))
+
+
+@dataclass(frozen=True)
+class _Guided(Form):
+    r"""`GuidedKL` as sums over tiles: $\log Z = \log\sum \pi g$ and the mean of $\log g$ under $q$."""
+
+    def sums(self, pair: Pair) -> Float[Tensor, "2 N"]:
+        """What a tile contributes."""
+        joint = pair.logp + pair.ref_logp
+        total = joint.logsumexp(-1)
+        return torch.stack([total, (joint.softmax(-1) * pair.ref_logp).sum(-1)])
+
+    def merge(self, left: Float[Tensor, "2 N"], right: Float[Tensor, "2 N"]) -> Float[Tensor, "2 N"]:
+        """The log-sum, and the mean of both means."""
+        total = torch.logaddexp(left[0], right[0])
+        mean = sum(part[1] * (part[0] - total).exp() for part in (left, right))
+        return torch.stack([total, torch.as_tensor(mean)])
+
+    def value(self, sums: Float[Tensor, "2 N"]) -> Float[Tensor, "N"]:
+        r"""$E_q \log g - \log Z$."""
+        return torch.where(is_impossible(sums[0]), torch.inf, (sums[1] - sums[0]).clamp(min=0))
+
+    def mean_slope(self, sums: Float[Tensor, "2 N"]) -> Float[Tensor, "N"]:
+        """-1, or 0 where the guide forbids everything."""
+        return torch.where(is_impossible(sums[0]), 0.0, -torch.ones_like(sums[0]))
+
+    def slope(self, pair: Pair, sums: Float[Tensor, "2 N"]) -> Float[Tensor, "N V"]:
+        """$-q$."""
+        total = sums[0].unsqueeze(-1)
+        return torch.where(is_impossible(total), 0.0, -(pair.logp + pair.ref_logp - total).exp())
+
+
+@form_of.register
+def _(generator: EntropyBalancedKL) -> Form:
+    return _Balanced(generator.favoured, generator.other)
+
+
+@form_of.register
+def _(generator: GuidedKL) -> Form:
+    return _Guided()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,14 @@ from rlstab.losses import (
     EntropyBalancedKL,
     ForwardKL,
     GuidedKL,
+    Head,
     Term,
     ZLoss,
     exact_divergence,
     exact_statistics,
+    streamed_statistics,
 )
+from rlstab.losses._streamed_forms import Pair, form_of
 
 
 def logits_of(world: Tokens) -> tuple[Tensor, Tensor]:
@@ -190,6 +193,57 @@ def test_names_tell_parameters_and_sources_apart() -> None:
     assert EntropyBalancedKL(coef=0.3).requires == EntropyBalancedKL().requires
 
 
+# --- inside the trainer, streamed over the vocabulary ------------------------------
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        AdaptiveAlpha(clip=1.5),
+        ClippedAlpha(alpha=2.0, clip=1.5, form="exact"),
+        EntropyBalancedKL(other=0.25),
+        EntropyBalancedKL(other=0.0),
+        GuidedKL(reference="initial"),
+    ],
+    ids=lambda term: repr(term)[:30],
+)
+def test_streamed_from_hidden_states_they_are_those_of_the_logits(term: Term) -> None:
+    """With a vocabulary wider than a stripe, and tokens that a hard guide or a teacher excludes."""
+    draw = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    hidden, reference = random(5, 4).requires_grad_(), random(5, 4)
+    weights, bias = (random(700, 4), random(700, 4)), random(700)
+    if isinstance(term, GuidedKL):
+        bias[::3] = -torch.inf
+    heads = Head(weight=weights[0]), Head(weight=weights[1], bias=bias)
+    streamed = streamed_statistics(
+        hidden,
+        heads[0],
+        torch.arange(5),
+        requirements=term.requires,
+        references={"initial": (reference, heads[1])},
+    )
+    logits = hidden @ weights[0].T
+    dense = exact_statistics(term.requires, logits, {"initial": reference @ weights[1].T + bias})
+    for key, value in dense.items():
+        torch.testing.assert_close(streamed[key], value, rtol=1e-9, atol=1e-9)
+        ours, truth = (torch.autograd.grad(x.sum(), [hidden], retain_graph=True) for x in (streamed[key], value))
+        torch.testing.assert_close(ours, truth, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("term", [EntropyBalancedKL(other=0.25), GuidedKL()], ids=repr)
+def test_sums_over_parts_of_the_vocabulary_merge_to_those_of_the_whole(term: Any) -> None:
+    world, form = Tokens(), form_of(term)
+    logp, ref_logp = (world.rows[name].detach().T for name in ("policy", "initial"))
+    parts = [form.sums(Pair(logp[:, cut], ref_logp[:, cut])) for cut in (slice(0, 2), slice(2, 7))]
+    whole = form.sums(Pair(logp, ref_logp))
+    assert_exact(form.merge(*parts), whole)
+    assert_exact(form.value(whole), exact_divergence(term, *logits_of(world)).detach())
+
+
 # --- z-loss --------------------------------------------------------------------------
 
 
@@ -208,7 +262,7 @@ def test_z_loss_and_its_gradient() -> None:
     ("build", "message"),
     [
         (lambda: ClippedAlpha(clip=1.0), r"ClippedAlpha\.clip: expected a bound > 1, got 1\.0"),
-        (lambda: ClippedAlpha(alpha=0.001), r"AlphaDivergence\.alpha"),
+        (lambda: ClippedAlpha(alpha=0.001), r"AlphaDivergence\.alpha: expected 0, 1 or a number"),
         (lambda: AdaptiveAlpha(negative=1.0), r"AdaptiveAlpha\.positive: expected a number above negative=1\.0"),
         (lambda: EntropyBalancedKL(favoured=0.0), r"EntropyBalancedKL\.favoured"),
         (lambda: EntropyBalancedKL(other=2.0), r"EntropyBalancedKL\.other: expected a number from 0 to 1\.0"),
