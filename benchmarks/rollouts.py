@@ -7,6 +7,9 @@ One thread, the tiny dense model of `rlstab.models`, batches of 32 prompts with 
 vary, a stopping criterion ends each row of `generate` at the length at which the engine's request ends. A ratio above 1
 means that the engine is faster; beside it stands the ratio of the backend against itself, the noise of the machine.
 Time is CPU time, which equals wall time where one thread has a core to itself, and bears other work on the machine.
+
+With vLLM installed, `VLLMEngine` is compared with `vllm.LLM` itself on the same requests (log-probs asked of both), and
+the time of a weight sync is noted.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +35,7 @@ from transformers import (
 )
 
 from rlstab.models import tiny_causal_lm, tiny_tokenizer
-from rlstab.rollouts import Request, Sampling, TransformersEngine
+from rlstab.rollouts import Engine, ModelWeights, Request, Sampling, TransformersEngine, VLLMEngine
 
 BATCH, GROUP = 256, 8
 CASES = {"lengths equal": (1, 64, 64), "lengths 20 to 200": (1, 20, 200), "the same, 3 batches": (3, 20, 200)}
@@ -95,9 +99,46 @@ def generate_batch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, r
     return sum(map(len, lists))
 
 
-def engine_generate(engine: TransformersEngine, requests: Sequence[Request]) -> int:
+def engine_generate(engine: Engine, requests: Sequence[Request]) -> int:
     rollouts = engine.generate(requests, Sampling(max_new_tokens=200, stop_ids=()))
     return sum(len(rollout.token_ids) for rollout in rollouts)
+
+
+def bare_vllm(llm: Any, requests: Sequence[Request]) -> int:
+    """vLLM, called as a trainer calls it: all prompts at once, the log-prob of each token."""
+    from vllm import SamplingParams
+
+    params = [
+        SamplingParams(max_tokens=request.max_new_tokens, ignore_eos=True, logprobs=0, detokenize=False)
+        for request in requests
+    ]
+    prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
+    with torch.compiler.set_stance("force_eager"):
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+    lists = [(list(o.outputs[0].token_ids), [p.logprobs for p in o.outputs]) for o in outputs]
+    return sum(len(ids) for ids, _ in lists)
+
+
+def compare_vllm(tokenizer: PreTrainedTokenizerFast, rounds: int) -> dict[str, dict[str, float]]:
+    """`VLLMEngine` against the very vLLM inside it, so that both have the same model and settings."""
+    model = tiny_causal_lm(tokenizer, heads=2)
+    results = {}
+    with VLLMEngine(model, tokenizer, arguments={"max_model_len": 256, "kv_cache_memory_bytes": 1 << 27}) as engine:
+        bare = engine._core._llm  # type: ignore[attr-defined]
+        for name, case in CASES.items():
+            requests = requests_of(*case)
+            results[f"vllm, {name}"] = compare(
+                lambda requests=requests: engine_generate(engine, requests),  # type: ignore[misc]
+                lambda requests=requests: bare_vllm(bare, requests),  # type: ignore[misc]
+                rounds,
+            )
+        seconds = []
+        for version in range(1, 11):
+            start = time.perf_counter()
+            engine.sync_weights(ModelWeights(model), version)
+            seconds.append(time.perf_counter() - start)
+    results["vllm, weight sync"] = {"milliseconds": 1000 * statistics.median(seconds)}
+    return results
 
 
 def tokens_per_second(work: Callable[[], int]) -> float:
@@ -132,15 +173,17 @@ def main() -> None:
     results: dict[str, dict[str, float]] = {}
     for name, case in CASES.items():
         requests = requests_of(*case)
-        results[f"transformers, {name}"] = row = compare(
+        results[f"transformers, {name}"] = compare(
             lambda requests=requests: engine_generate(engine, requests),  # type: ignore[misc]
             lambda requests=requests: generate(model, tokenizer, requests),  # type: ignore[misc]
             arguments.rounds,
         )
-        if len(results) == 1:
-            print(" " * 34 + "".join(f"{column:>19}" for column in row))
+    if find_spec("vllm"):
+        results |= compare_vllm(tokenizer, arguments.rounds)
+    print(" " * 34 + "".join(f"{column:>19}" for column in next(iter(results.values()))))
+    for name, row in results.items():
         cells = (f"{value:19.2f}" if value < 100 else f"{value:19.0f}" for value in row.values())
-        print(f"transformers, {name:20}" + "".join(cells), flush=True)
+        print(f"{name:34}" + "".join(cells))
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results))

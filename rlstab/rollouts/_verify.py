@@ -102,6 +102,7 @@ class SyncVerifier:
         model: the policy, unwrapped, whole on this process. It is changed for the time of the canary, and restored.
         sampling: how the trainer samples.
         tolerance: largest mean difference in nats where both sides compute in float32.
+        mixed: the policy's forward runs in lower precision than its weights have (autocast).
         tokens: most tokens that a completion of the check has.
 
     Raises:
@@ -127,6 +128,7 @@ class SyncVerifier:
         sampling: Sampling,
         *,
         tolerance: float = EXACT,
+        mixed: bool = False,
         tokens: int = 64,
     ) -> None:
         if not tolerance > 0:
@@ -136,7 +138,7 @@ class SyncVerifier:
         self._sampling = sampling
         self._tolerance = tolerance
         self._tokens = tokens
-        self._exact = engine.dtype == model.dtype == torch.float32
+        self._exact = engine.dtype == model.dtype == torch.float32 and not mixed
         self._sequences: list[Tensor] = []
         self._offset = self._before = torch.empty(0)
         self._along = self._squares = self._noise = 0.0

@@ -57,7 +57,8 @@ class Generation:
             stop_ids=tuple(trainer.eos_token_ids),
         )
         verifies = trainer.signals.sync and not self.engine.shares_weights
-        self._verifier = SyncVerifier(self.engine, policy, self._sampling) if verifies else None
+        mixed = trainer.accelerator.mixed_precision != "no"
+        self._verifier = SyncVerifier(self.engine, policy, self._sampling, mixed=mixed) if verifies else None
         self._started = False
 
     def __call__(self, prompt_ids: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[list[float]]]:

@@ -12,15 +12,16 @@ from rlstab.record import RunFolder
 from rlstab.rollouts import TransformersEngine
 from rlstab.trainers import Signals
 
-SETTINGS = {"max_steps": 4, "learning_rate": 1e-3, "bf16": False, "num_iterations": 1}
+SETTINGS = {"max_steps": 4, "learning_rate": 1e-3, "num_iterations": 1}
 
 
-def trainer_with_copy(folder: Path, **extra: Any) -> tuple[Any, TransformersEngine, RunFolder]:
+def trainer_with_copy(folder: Path, *, bf16: bool = False, **extra: Any) -> tuple[Any, TransformersEngine, RunFolder]:
     policy = tiny_policy()
     engine = TransformersEngine(policy, TOKENIZER, share=False)
     run = run_folder(folder / "run")
     objective = Objective(policy=ClippedSurrogate(low=0.2, high=0.2))
-    trainer = trainer_of(folder / "host", objective, model=policy, settings=SETTINGS, engine=engine, run=run, **extra)
+    settings = {**SETTINGS, "bf16": bf16}
+    trainer = trainer_of(folder / "host", objective, model=policy, settings=settings, engine=engine, run=run, **extra)
     return trainer, engine, run
 
 
@@ -45,6 +46,14 @@ def test_a_stale_engine_stops_training_before_the_next_step(tmp_path: Path, monk
         trainer.train()
     assert trainer.state.global_step == 2
     assert [event["version"] for event in syncs(run)] == [0, 1]
+
+
+def test_mixed_precision_is_no_fault(tmp_path: Path) -> None:
+    trainer, _, run = trainer_with_copy(tmp_path, bf16=True)
+    trainer.train()
+    found = syncs(run)
+    assert [event["version"] for event in found] == [0, 1, 2, 3]
+    assert all(event["mean_abs"] > 1e-5 for event in found)
 
 
 def test_the_proof_can_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
