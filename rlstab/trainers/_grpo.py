@@ -438,12 +438,10 @@ class StableGRPOTrainer(GRPOTrainer):
         self._log_as_host(micro_batches)
         values = {key: numbers.value for key, numbers in merged(micro_batches).items()}
         step = self.state.global_step + 1
-        by_term: dict[str, dict[str, float]] = {}
+        by_term = _host_metrics.by_term(self.objective, values)
         for name, term in self.objective.terms.items():
-            prefix = f"objective/{name}/"
-            by_term[name] = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
             values |= {key: by_term[name][metric] for metric, key in OF_POLICY.items() if metric in by_term[name]}
-            values[f"{prefix}weight"] = float(term.coefficient)
+            values[f"objective/{name}/weight"] = float(term.coefficient)
             warn_overflow(name, by_term[name])
         infinite = infinite_terms(self.objective, by_term) if self._skip_overflow else []
         if infinite and skip_update(self, infinite):

@@ -22,7 +22,7 @@ from rlstab.losses import (
     Total,
 )
 
-__all__ = ["entropy_coefficients", "host_keys", "host_values", "measured"]
+__all__ = ["by_term", "entropy_coefficients", "host_keys", "host_values", "measured"]
 
 
 OF_TERM: dict[type, dict[str, str]] = {
@@ -51,6 +51,16 @@ def measured(result: ObjectiveLoss, batch: TokenBatch, ranks: int) -> dict[str, 
         metrics |= {f"objective/{name}/{key}": metric for key, metric in report.metrics.items()}
     metrics["policy/entropy"] = Sum(batch.statistic("entropy").detach().sum(), batch.tokens)
     return metrics
+
+
+def by_term(objective: Objective, values: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """The values of each term, without the term's name."""
+    found: dict[str, dict[str, float]] = {name: {} for name in objective.terms}
+    for key, value in values.items():
+        place, name, metric = [*key.split("/", 2), "", ""][:3]
+        if place == "objective" and metric:
+            found[name][metric] = value
+    return found
 
 
 def host_keys(objective: Objective) -> dict[str, str]:
