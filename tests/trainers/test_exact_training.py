@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from equality import config, gradient_distance, tool_rollout
+from peft import PromptTuningConfig
 from small_runs import (
     TOKENIZER,
     assert_same_weights,
@@ -73,7 +74,7 @@ def log_probs(model: Any, inputs: Mapping[str, Any], extra: Mapping[str, Any]) -
     """Of every token at every completion position, by the model's own logits, in float64."""
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-    logits = model(ids, attention_mask=mask, **extra).logits[:, inputs["prompt_ids"].size(1) - 1 : -1]
+    logits = model(ids, attention_mask=mask, **extra).logits[:, -inputs["completion_ids"].size(1) - 1 : -1]
     logp: Tensor = (logits.double() / TEMPERATURE).log_softmax(-1)
     return logp
 
@@ -121,19 +122,23 @@ def assert_dense(trainer: Any, initial: Any, inputs: dict[str, Any], **extra: An
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("policy", ["dense", "new adapter", "own adapter", "adapter with a head"])
+@pytest.mark.parametrize("policy", ["dense", "new adapter", "own adapter", "adapter with a head", "prompt"])
 def test_values_and_gradients_are_those_of_dense_logits(policy: str, checkpointing: bool, tmp_path: Path) -> None:
     settings = {"temperature": TEMPERATURE, "gradient_checkpointing": checkpointing}
     extra: dict[str, Any] = {}
     if policy == "own adapter":
         extra["model"] = tiny_adapted()
+    elif policy == "prompt":
+        extra["peft_config"] = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     elif policy != "dense":
         adapter = lora()
         adapter.modules_to_save = ["lm_head"] if policy == "adapter with a head" else None
         extra["peft_config"] = adapter
     if policy == "adapter with a head":
         extra["model"] = untied()
-    trainer = moved(trainer_of(tmp_path, exact(), signals=None, settings=settings, **extra))
+    trainer = moved(
+        trainer_of(tmp_path, exact(), signals=None, settings=settings, **extra), by=0.5 if policy == "prompt" else 0.05
+    )
     initial = {"own adapter": tiny_adapted, "adapter with a head": untied}.get(policy, tiny_policy)()
     assert_dense(trainer, initial, first_batch(trainer))
 
