@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from rlstab.errors import ConfigError
+from rlstab.losses import Objective
 from rlstab.monitors import Alarm, Due, Monitor, Notify, RollBack, Rule, Scale, SkipStep, Stop, default_rules
 from rlstab.probes import Probe
 from rlstab.record import RunFolder
@@ -91,6 +92,7 @@ class Watch(TrainerCallback, ExportableState):
         self._run, self._every = run, every
         self._probes, self._observers = tuple(probes), tuple(observers)
         self._trainer: Any = None
+        self._main = True
         self._taps: Taps | None = None
         self._host: HostMetrics | None = None
         self._scaling: Scaling | None = None
@@ -137,6 +139,10 @@ class Watch(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take up a resumed run where its checkpoint left it, and the first snapshot."""
         optimizer, scheduler, model = kwargs["optimizer"], kwargs["lr_scheduler"], kwargs["model"]
+        self._main = args.process_index == 0
+        _check_sharding(self._guard, bool(args.deepspeed or args.fsdp))
+        if self._trainer is None:
+            _check_scales(self.monitor.rules, None)
         products = self._scaling.products if self._scaling is not None else {}
         self._scaling = Scaling(optimizer, scheduler, self._trainer)
         self._scaling.products = products
@@ -193,7 +199,7 @@ class Watch(TrainerCallback, ExportableState):
         """Measure and look, while the step can still be left out."""
         step, model = state.global_step + 1, kwargs["model"]
         values = self._measure(model, args)
-        if values["step/bad_gradients"] > 0 or not math.isfinite(values.get("step/loss", 0.0)):
+        if values.get("step/bad_gradients", 0) > 0 or not math.isfinite(values.get("step/loss", 0.0)):
             self._trace(step, model)
         if self._look(step, values, args):
             drop_gradients(model, scaled=False)  # a scaler has looked already: gradients are unscaled when clipped
@@ -231,8 +237,7 @@ class Watch(TrainerCallback, ExportableState):
         tensors |= self._held
         self._held = {}
         tensors |= self._of_host() if self._taps is not None else _of_gradient(gradient_norms(model))
-        numbers = torch.stack([value.detach().float().to(args.device) for value in tensors.values()]).tolist()
-        own = dict(zip(tensors, numbers, strict=True))
+        own = _numbers(tensors, args.device)
         values = {**(self._host.collect() if self._host is not None else {}), **own}
         if args.world_size > 1:
             held = [values]
@@ -283,7 +288,7 @@ class Watch(TrainerCallback, ExportableState):
     def _announce(self, alarm: Alarm, args: Any) -> None:
         self.alarms.append(alarm)
         self._event("alarm", alarm.step, **alarm.fields())
-        if args.process_index == 0:
+        if self._main:
             logger.log(logging.INFO if alarm.change == "cleared" else LEVELS[alarm.severity], "%s", alarm)
             if alarm.change != "cleared":
                 alert_trackers(alarm, list(args.report_to))
@@ -293,7 +298,7 @@ class Watch(TrainerCallback, ExportableState):
         assert self._scaling is not None
         match due.action:
             case Notify() as action:
-                if self._run is None or self._trainer is None or self._trainer.accelerator.is_main_process:
+                if self._main:
                     message = {"step": step, "signal": due.rule.signal, "finding": due.finding}
                     self._messenger.send(action, {**message, "cause": due.rule.cause, "severity": due.rule.severity})
             case Scale() as action:
@@ -360,12 +365,12 @@ class Watch(TrainerCallback, ExportableState):
     # ------------------------------------------------------------------ what is left behind
 
     def _event(self, kind: str, step: int, **fields: Any) -> None:
-        if self._run is not None and (self._trainer is None or self._trainer.accelerator.is_main_process):
+        if self._run is not None and self._main:
             self._run.append_event(kind, step=step, **fields)
 
     def _write(self, state: Any) -> None:
         """One line of the run folder: what was measured at this step and nobody else writes."""
-        if self._run is not None and state.is_world_process_zero and self._values:
+        if self._run is not None and self._main and self._values:
             self._run.append_metrics(state.global_step, self._values)
 
     def _add_to_log(self, logs: dict[str, float]) -> None:
@@ -425,19 +430,32 @@ def _check(trainer: Any, rules: Sequence[Rule], guard: Guard | None) -> None:
         )
     if any(isinstance(callback, Watch) for callback in trainer.callback_handler.callbacks):
         raise ConfigError("this trainer is watched already: detach the other watch first")
-    acts = [rule.action for rule in rules]
-    if trainer.is_deepspeed_enabled and any(isinstance(action, SkipStep) for action in acts):
+    if trainer.is_deepspeed_enabled and any(isinstance(rule.action, SkipStep) for rule in rules):
         raise ConfigError("SkipStep: DeepSpeed makes its update within the backward pass: use Stop or RollBack")
-    if guard is not None and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
+    _check_sharding(guard, trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
+    _check_scales(rules, trainer.objective if isinstance(trainer, StableGRPOTrainer) else None)
+
+
+def _check_sharding(guard: Guard | None, sharded: bool) -> None:
+    if guard is not None and sharded:
         raise ConfigError("guard: weights that are spread over ranks cannot be put back in place: use Stop, and resume")
-    objective = trainer.objective if isinstance(trainer, StableGRPOTrainer) else None
-    for action in acts:
-        remedy = action.remedy if isinstance(action, RollBack) else action
+
+
+def _check_scales(rules: Sequence[Rule], objective: Objective | None) -> None:
+    for rule in rules:
+        remedy = rule.action.remedy if isinstance(rule.action, RollBack) else rule.action
         if isinstance(remedy, Scale):
             check_scale(remedy, objective)
 
 
+def _numbers(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, float]:
+    """The values of 0-dim tensors, with one wait for the device."""
+    values = [value.detach().float().to(device) for value in tensors.values()]
+    return dict(zip(tensors, torch.stack(values).tolist(), strict=True)) if values else {}
+
+
 def _of_gradient(norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """How many gradients are not finite."""
-    stacked = torch.stack(list(norms.values()))
-    return {"step/bad_gradients": (~stacked.isfinite()).sum()}
+    """How many gradients are not finite; nothing where there are none, as when the step was left out already."""
+    if not norms:
+        return {}
+    return {"step/bad_gradients": (~torch.stack(list(norms.values())).isfinite()).sum()}

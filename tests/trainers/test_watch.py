@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +21,11 @@ from watched_hosts import host
 import rlstab
 from rlstab.errors import ConfigError
 from rlstab.losses import ClippedSurrogate, JensenShannon, Objective
-from rlstab.monitors import Level, Monitor, NonFinite, Notify, RollBack, Rule, Scale, SkipStep, Stop
+from rlstab.monitors import Alarm, Level, Monitor, NonFinite, Notify, RollBack, Rule, Scale, SkipStep, Stop
 from rlstab.probes import Activations, Attention, SpectralAlignment
 from rlstab.record import RunFolder
 from rlstab.trainers import Guard, LossCall, Observer, Watch, watch
+from rlstab.trainers._actions import alert_trackers
 from rlstab.trainers._births import trace
 from rlstab.trainers._watch_table import LEVELS, SIGNALS, TRAINERS
 
@@ -146,6 +148,24 @@ def test_skipping_leaves_weights_and_moments_alone(tmp_path: Path) -> None:
     assert not trainer.optimizer.state
 
 
+def test_a_step_that_the_trainer_left_out_is_no_surprise(tmp_path: Path) -> None:
+    """The gradients are gone before the watch looks; it goes on."""
+    trainer = host("StableGRPO", tmp_path)
+    step = trainer.training_step
+
+    def without(*args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = step(*args, **kwargs)
+        trainer.model.zero_grad(set_to_none=True)
+        return loss
+
+    trainer.training_step = without
+    watcher = watch(trainer)
+    watcher.monitor = listening = Listening()
+    trainer.train()
+    assert "step/bad_gradients" not in listening.seen[2]
+    assert "step/loss" in listening.seen[2]
+
+
 @pytest.mark.parametrize("where", ["weights", "gradient", "nowhere"])
 def test_births_elsewhere(where: str) -> None:
     model = tiny_policy()
@@ -213,6 +233,18 @@ def test_somebody_is_told(tmp_path: Path, webhook: tuple[str, list[dict[str, Any
     assert json.loads(told.read_text()) == bodies[0]
     assert bodies[0]["signal"] == "step/loss"
     assert len(bodies) == 1
+
+
+def test_trackers_that_run_are_alerted(monkeypatch: pytest.MonkeyPatch) -> None:
+    alarm = Alarm(cause="reward", change="opened", severity="critical", step=3, since=2, evidence=())
+    heard: list[dict[str, str]] = []
+    tracker = SimpleNamespace(alert=lambda **said: heard.append(said))
+    monkeypatch.setitem(sys.modules, "trackio", tracker)
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    alert_trackers(alarm, ["tensorboard"])
+    assert heard == []
+    alert_trackers(alarm, ["trackio"])
+    assert heard == [{"title": "rlstab: reward opened", "text": str(alarm)}]
 
 
 def test_a_message_that_cannot_be_handed_on_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -341,6 +373,10 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
         watch(trainer, [scale])
     with pytest.raises(ConfigError, match=r"expected one of the terms \['clipped_surrogate'\]"):
         watch(trainer_of(tmp_path, ClippedSurrogate()), [scale])
+    unwatched = host("SFT", tmp_path / "callback")
+    unwatched.add_callback(Watch([scale]))
+    with pytest.raises(ConfigError, match="this trainer has no objective"):
+        unwatched.train()
     watch(trainer)
     with pytest.raises(ConfigError, match="watched already"):
         watch(trainer)
