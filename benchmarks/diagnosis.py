@@ -3,6 +3,7 @@
     python benchmarks/diagnosis.py record FOLDER [--only FAULT ...] [--seeds 0 1 ...]
     python benchmarks/diagnosis.py score FOLDER [--seeds 2 3 ...] [--json FILE]
     python benchmarks/diagnosis.py keep FOLDER TARGET     # what the tests read: few digits, one table a run
+    python benchmarks/diagnosis.py plot PICTURE           # of what was kept, for the documentation
 
 A run is the quick start's (`configs/quickstart.yaml`, shorter) with the changes of its fault. The diagnosis reads the
 metrics and events that such a run leaves, and nothing of this file; where the configuration is part of the evidence, it
@@ -43,6 +44,7 @@ COMMON = {
     "evaluation.ks": [1, 16],
     "evaluation.prompts": 100,
     "prompts": 2048,
+    "signals.sync": False,  # it would stop a run with a faulty engine at once; other stacks have no such check
 }
 PLAIN = {"objective.terms.policy": {"class_path": "ClippedSurrogate", "init_args": {"low": 0.2, "high": 0.28}}}
 
@@ -74,8 +76,9 @@ class Faulty(Engine):
         change: Callable[[str, Tensor], Tensor] | None = None,
         top_p: float = 1.0,
         prefix: Sequence[str] = (),
+        routes: bool = False,
     ) -> None:
-        self._inner = TransformersEngine(model, tokenizer, share=False)
+        self._inner = TransformersEngine(model, tokenizer, share=False, routes=routes)
         self._kept: deque[Weights] = deque(maxlen=lag + 1)
         self._every = every
         self._change = change
@@ -86,6 +89,8 @@ class Faulty(Engine):
     id = property(lambda self: "faulty")
     shares_weights = property(lambda self: False)
     weight_version = property(lambda self: self._version)
+    dtype = property(lambda self: self._inner.dtype)
+    returns_routes = property(lambda self: self._inner.returns_routes)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
         """As in `Engine`."""
@@ -127,6 +132,14 @@ def quantised(name: str, weights: Tensor, *, bits: int) -> Tensor:
     scale = weights.abs().amax(-1, keepdim=True) / largest
     rounded: Tensor = (weights / scale).round().clamp(-largest, largest) * scale
     return rounded
+
+
+def other_routers(name: str, weights: Tensor) -> Tensor:
+    """The weights of routers with noise of their own size, the same at every sync; others as they are."""
+    if not name.endswith("mlp.gate.weight"):
+        return weights
+    noise = torch.randn(weights.shape, generator=torch.Generator().manual_seed(0))
+    return weights + weights.std() * noise.to(weights)
 
 
 def longer_is_better(completions: Sequence[str], **columns: Any) -> list[float]:
@@ -198,11 +211,15 @@ MOVING = {
     "trainer.ref_model_mixup_alpha": 0.9,
 }
 
+EXPERTS = {"model.init_args.experts": 8}
+
 FAULTS = {
     "healthy": Fault(cause=None),
     "healthy_two_updates": Fault(cause=None, changes={"trainer.steps_per_generation": 2}),
     "healthy_slow": Fault(cause=None, changes={"trainer.learning_rate": 2e-4}),
     "healthy_moving": Fault(cause=None, changes=MOVING),
+    "healthy_experts": Fault(cause=None, changes=EXPERTS, engine={"routes": True}),
+    "router": Fault(cause="router_drift", changes=PLAIN | EXPERTS, engine={"routes": True, "change": other_routers}),
     "staleness": Fault(cause="staleness", changes=PLAIN | {"trainer.learning_rate": 6e-4}, engine={"lag": 8}),
     "stale_weights": Fault(cause="stale_weights", changes=PLAIN, engine={"every": 10**6}),
     "engine_precision": Fault(
@@ -407,7 +424,8 @@ KEPT = (
     "train/reward", "train/reward_std", "train/frac_reward_zero_std", "train/grad_norm", "train/learning_rate",
     "policy/entropy", "objective/loss", "objective/policy/loss", "objective/drift/loss", "completions/mean_length",
     "completions/clipped_ratio", "mismatch/k1", "mismatch/k3", "mismatch/f2", "mismatch/max_abs", "mismatch/ess_token",
-    "drift/initial/kl", "drift/moving/kl", "rewards/reward/mean", "rewards/longer_is_better/mean",
+    "drift/initial/kl", "drift/moving/kl", "routes/own_flip_share", "routes/flip_share", "routes/k3_flipped",
+    "routes/k3_agreeing", "rewards/reward/mean", "rewards/longer_is_better/mean",
     "eval/pass@1", "eval/pass@1_se", "eval/pass@16", "eval/pass@16_se", "eval/reward", "eval/reward_se",
 )  # fmt: skip
 
@@ -426,10 +444,43 @@ def keep(place: Path, target: Path, seed: int) -> None:
         (target / f"{name}.yaml").write_text(recipe)
 
 
+PANELS = (
+    ("healthy", "healthy: entropy falls, too", "policy/entropy"),
+    ("staleness", "sampler 8 updates behind: k3 from 0 to a plateau", "mismatch/k3"),
+    ("stale_weights", "weights never arrive: k1 grows on and on", "mismatch/k1"),
+    ("truncated_sampling", "top-p 0.7: k1 far above k3, from step 1", "mismatch/k1"),
+    ("learning_rate", "learning rate 4e-3: entropy jumps", "policy/entropy"),
+    ("gradient_spike", "spikes without a clip", "train/grad_norm"),
+    ("entropy", "16 prompts: learned by heart (dots: held-out)", "policy/entropy"),
+    ("length", "paid for length", "completions/mean_length"),
+    ("dead_reward", "reward function dies: no gradient", "train/grad_norm"),
+)
+
+
+def plot(target: Path) -> None:
+    """Draw the recorded runs of the tests: the reward, and beside it what gives the cause away."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7.5), dpi=110, layout="constrained")
+    for axes, (name, title, key) in zip(figure.subplots(3, 3).flat, PANELS, strict=True):
+        metrics = read_run(Path("tests/monitors/recorded") / f"{name}.csv").metrics
+        reward, tell, held_out = (metrics.series(wanted) for wanted in ("train/reward", key, "eval/pass@1"))
+        axes.plot(*reward, color="#8a929b", linewidth=1.2)
+        axes.plot(*held_out, "o", color="#8a929b", markersize=4)
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.tick_params(labelsize=8, colors="#5c6570")
+        other = axes.twinx()
+        other.plot(*tell, color="#c44e00", linewidth=1.4)
+        other.set_ylabel(key, fontsize=8, color="#c44e00")
+        other.tick_params(labelsize=8, colors="#c44e00")
+    figure.supxlabel("optimizer step (grey: reward; orange: the signal that gives the cause away)", fontsize=9)
+    figure.savefig(target)
+
+
 def main() -> None:
-    """Record, score, or keep."""
+    """Record, score, keep, or plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["record", "score", "keep"])
+    parser.add_argument("command", choices=["record", "score", "keep", "plot"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("target", type=Path, nargs="?", default=Path("tests/monitors/recorded"))
     parser.add_argument("--only", nargs="*", choices=list(FAULTS), default=list(FAULTS))
@@ -437,7 +488,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    if chosen.command == "keep":
+    if chosen.command == "plot":
+        plot(chosen.folder)
+    elif chosen.command == "keep":
         keep(chosen.folder, chosen.target, chosen.seeds[0])
     elif chosen.command == "score":
         found = json.dumps(score(chosen.folder, chosen.seeds), indent=1)

@@ -32,6 +32,10 @@ def explanations() -> tuple[Explanation, ...]:
     return tuple(explanation for module in modules for explanation in (vars(module)["EXPLANATION"],))
 
 
+ROUTINE = frozenset({"evaluation", "weight_sync"})
+"""Events that every healthy run is full of."""
+
+
 def diagnose(trace: Trace) -> Diagnosis:
     """Say what is wrong with a run, and why.
 
@@ -89,7 +93,7 @@ def _try(explanation: Explanation, trace: Trace) -> Claim | tuple[str, ...]:
     if any(sight is not None and not sight.holds for sign, sight in seen if sign.role != "counts"):
         return ()
     if any(sight is None for _, sight in needed):
-        return tuple(key for sign, sight in needed if sight is None for key in sign.missing(trace))
+        return tuple(dict.fromkeys(key for sign, sight in needed if sight is None for key in sign.missing(trace)))
     held = [(sign, sight) for sign, sight in seen if sight is not None and sight.holds]
     against = [(sign, sight) for sign, sight in seen if sight is not None and not sight.holds]
     unread = [sign for sign, sight in seen if sight is None]
@@ -123,7 +127,8 @@ def _timeline(
 ) -> tuple[tuple[int, str], ...]:
     rows = [(claim.since, f"{claim.title}: {claim.evidence[0]}") for claim in claims]
     rows += [(sight.since or 0, sight.says) for sight in harm]
-    rows += [(event.step, _said(event.kind, event.fields)) for event in happenings if event.step is not None]
+    told = [event for event in happenings if event.step is not None and event.kind not in ROUTINE]
+    rows += [(event.step or 0, _said(event.kind, event.fields)) for event in told]
     return tuple(sorted(rows, key=lambda row: row[0]))
 
 

@@ -39,7 +39,8 @@ def _lost_reward(trace: Trace) -> Iterator[Sighting]:
     smooth = moving_mean(values, WINDOW)
     ends = steps[WINDOW - 1 :]
     peak = np.maximum.accumulate(smooth)
-    noise = float(np.std(np.diff(values))) / np.sqrt(2 * WINDOW)
+    at = int(np.argmax(smooth))
+    noise = float(np.std(values[at : at + WINDOW])) / np.sqrt(WINDOW)
     fallen = (smooth < peak - np.maximum(LOST * np.abs(peak), 3 * noise)) & (peak > smooth)
     if fallen[-1]:
         first = int(np.flatnonzero(~fallen)[-1]) + 1

@@ -16,6 +16,11 @@ def _rare(trace: Trace) -> Sighting:
     return Sighting(share < 0.3, f"{share:.1%} of the tokens differ by more than a factor of 2")
 
 
+def _same_experts(trace: Trace) -> Sighting:
+    share = trace.part("routes/own_flip_share", 0.1, 1.0)
+    return Sighting(share < 0.1, f"{share:.1%} of the (token, layer) pairs have other experts on both sides")
+
+
 def _edits(trace: Trace) -> list[Edit]:
     if trace.setting("engine.init_args.dtype") is not None:
         return [Edit("engine.init_args.dtype", None, "sample in the trainer's precision")]
@@ -31,6 +36,7 @@ EXPLANATION = Explanation(
         Sign(reads=(K3,), look=_small_at_first, role="needed"),
         Sign(reads=("mismatch/k1", K3), look=_mismatch.whole_support, role="needed"),
         Sign(reads=("mismatch/f2",), look=_rare),
+        Sign(reads=("routes/own_flip_share",), look=_same_experts, role="veto"),
     ),
     remedy=(
         "Give the engine the trainer's dtype (weights, KV cache and the LM head in the same precision) or leave "
