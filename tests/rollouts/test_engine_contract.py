@@ -139,6 +139,14 @@ def perturb(model: PreTrainedModel) -> None:
             parameter.add_(0.05 * noise)
 
 
+def test_weights_stay_until_the_next_sync(engine: Engine, model: PreTrainedModel) -> None:
+    before = engine.generate(REQUESTS, SAMPLING)
+    perturb(model)
+    after = engine.generate(REQUESTS, SAMPLING)
+    same = all(torch.equal(a.token_ids, b.token_ids) for a, b in zip(after, before, strict=True))
+    assert same is not engine.shares_weights
+
+
 def test_weights_do_not_go_back(engine: Engine, model: PreTrainedModel) -> None:
     version = engine.weight_version + 3
     engine.sync_weights(ModelWeights(model), version)

@@ -11,10 +11,10 @@ import time
 
 import pytest
 import torch
+from engines import MODELS, LentEngine, peaked
 from scoring import trainer_logprobs
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from conftest import MODELS, LentEngine, peaked
 from rlstab.errors import EngineError
 from rlstab.rollouts import ModelWeights, Request, Rollout, Sampling, VLLMEngine
 from rlstab.rollouts._vllm_cores import OwnProcesses

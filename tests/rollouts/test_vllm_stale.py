@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+from engines import MODELS, SMALL, peaked
 from transformers import PreTrainedTokenizerFast
 
-from conftest import MODELS, SMALL, peaked
 from rlstab.errors import ConfigError, EngineError, WeightSyncError
 from rlstab.rollouts import Request, Sampling, SyncVerifier, VLLMEngine
 

@@ -1,0 +1,44 @@
+"""The engines that the tests of this folder are about, and the models that they run."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from rlstab.models import tiny_causal_lm, tiny_moe
+from rlstab.rollouts import Engine, TransformersEngine, VLLMEngine
+
+MakeEngine = Callable[[PreTrainedModel, PreTrainedTokenizerFast], Engine]
+LentEngine = Callable[[str, str, PreTrainedModel, PreTrainedTokenizerFast], Engine]
+
+# Heads of 32 dimensions: vLLM has no smaller ones on a CPU.
+MODELS: dict[str, Callable[[PreTrainedTokenizerFast], PreTrainedModel]] = {
+    "dense": partial(tiny_causal_lm, heads=2),
+    "moe": partial(tiny_moe, heads=2),
+}
+
+# Every engine of the contract, in fp32, with the weights of the model.
+ENGINES: dict[str, MakeEngine] = {
+    "shared": TransformersEngine,
+    "crowded": lambda model, tokenizer: TransformersEngine(model, tokenizer, slots=3, prefill_tokens=20),
+    "copying": lambda model, tokenizer: TransformersEngine(model, tokenizer, share=False),
+}
+
+SMALL = {"kv_cache_memory_bytes": 1 << 26, "max_model_len": 256}
+
+# Engines that take seconds to start: one of each serves all tests, and takes the weights of each test's model.
+COSTLY: dict[str, MakeEngine] = {
+    "vllm": lambda model, tokenizer: VLLMEngine(model, tokenizer, arguments=SMALL),
+    "vllm in processes of its own": lambda model, tokenizer: VLLMEngine(
+        model, tokenizer, arguments=SMALL, in_process=False, patience=60
+    ),
+}
+
+
+def peaked(made: PreTrainedModel) -> PreTrainedModel:
+    """The model with distributions that are far from uniform."""
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(2.0)
+    return made
