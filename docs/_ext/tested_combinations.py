@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sphinx.util.typing import ExtensionMetadata
 
 CASES_AT = Path(__file__).parents[2] / "tests" / "trainers"
-HEAD = ("Combination", "Arguments", "Old log-probs", "Sampler's log-probs", "Model")
+HEAD = ("Combination", "Arguments", "Old log-probs", "Sampler's log-probs", "Model", "Equal bit for bit")
 
 
 def table(cases: dict[str, Case]) -> list[str]:
@@ -24,7 +24,7 @@ def table(cases: dict[str, Case]) -> list[str]:
     return lines + [f"| {' | '.join(row(case))} |" for case in cases.values()]
 
 
-def row(case: Case) -> tuple[str, str, str, str, str]:
+def row(case: Case) -> tuple[str, ...]:
     """The cells of one case."""
     settings = ", ".join(f"`{name}={value}`" for name, value in case.config.items())
     model = "mixture of experts" if case.moe else "dense"
@@ -34,6 +34,7 @@ def row(case: Case) -> tuple[str, str, str, str, str]:
         "recorded" if case.old_logps else "",
         "recorded" if case.sampler else "",
         f"{model}, LoRA" if case.peft else model,
+        ", ".join(case.identical),
     )
 
 

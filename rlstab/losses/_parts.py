@@ -116,7 +116,8 @@ class StepStatistic(Prepared):
     """Phase 2: sees detached per-token data of a whole optimizer step, all micro-batches and ranks.
 
     `compute` returns one number (0-dim) for the step, or a tensor for its rows. Requiring `LogProbs("policy")` costs
-    one pass without gradient over the step, unless it is on policy.
+    one pass without gradient over the step, unless the old log-probs were recorded and no update has happened since;
+    requiring `VocabStat("entropy")` always does.
 
     >>> from rlstab.batch import VocabStat
     >>> @dataclass(frozen=True, kw_only=True)

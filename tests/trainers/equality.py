@@ -46,6 +46,17 @@ class Case:
         updates = self.config.get("steps_per_generation", accumulation) * self.config.get("num_iterations", 1)
         return self.sampler or accumulation % updates != 0
 
+    @property
+    def identical(self) -> tuple[str, ...]:
+        """What is the host's bit for bit, because it comes from the same operations in the same order."""
+        loss_type, tokens = self.config.get("loss_type"), self.config.get("top_entropy_quantile", 1.0)
+        other_terms = self.config.get("beta") or (self.config.get("entropy_coef") and tokens < 1)
+        if (
+            other_terms or loss_type == "sapo"
+        ):  # the host adds up per-token losses; its gate multiplies in another order
+            return ()
+        return ("gradient",) if loss_type == "luspo" else ("loss", "gradient")
+
 
 def _cases() -> dict[str, Case]:
     twice = {"num_iterations": 2, "gradient_accumulation_steps": 2}

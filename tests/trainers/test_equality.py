@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from equality import CASES, LOSS_TYPES, build, gradient_distance, run
 from tested_combinations import table
 
@@ -28,6 +29,11 @@ def test_loss_gradient_and_metrics_equal_the_hosts(name: str, tmp_path: Path) ->
     ours = run(build(case, tmp_path, host=False))
     assert len(ours.losses) == len(theirs.losses) >= case.steps
     assert ours.losses == pytest.approx(theirs.losses, rel=1e-6, abs=1e-6)
+    if "loss" in case.identical:
+        assert ours.losses == theirs.losses
+    if "gradient" in case.identical:
+        for mine, host in zip(ours.gradients, theirs.gradients, strict=True):
+            assert [key for key, gradient in host.items() if not torch.equal(mine[key], gradient)] == []
     distances = [gradient_distance(a, b) for a, b in zip(ours.gradients, theirs.gradients, strict=True)]
     assert max(distances) <= 1e-6, distances
     assert any(float(g.abs().max()) > 0 for g in theirs.gradients[-1].values())
@@ -38,7 +44,8 @@ def test_loss_gradient_and_metrics_equal_the_hosts(name: str, tmp_path: Path) ->
 def test_the_table_in_the_documentation_has_a_line_for_every_case() -> None:
     lines = table(CASES)[2:]
     assert len(lines) == len(set(lines)) == len(CASES) > 50
-    assert all(line.count("|") == 6 for line in lines)
+    assert all(line.count("|") == 7 for line in lines)
+    assert sum("loss, gradient" in line for line in lines) > 30
     for loss_type in LOSS_TYPES:
         mine = [line for line in lines if f"`loss_type={loss_type}`" in line]
         assert any(case.config == {"loss_type": loss_type} for case in CASES.values())
