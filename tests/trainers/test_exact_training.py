@@ -36,6 +36,7 @@ from rlstab.losses import (
 )
 from rlstab.models import isolated_rng
 from rlstab.trainers import Signals, StableGRPOTrainer
+from rlstab.trainers._skip import drop_gradients, skip_update
 
 TWICE = {"num_iterations": 2, "gradient_accumulation_steps": 2}
 TEMPERATURE = 0.7
@@ -335,3 +336,26 @@ def test_such_a_step_is_made_on_request(tmp_path: Path) -> None:
     assert any(not torch.equal(states[2][name], states[1][name]) for name in states[0])
     assert all(value.isfinite().all() for value in states[3].values())
     assert not folder.events().of("step_skipped")
+
+
+def test_a_gradient_scaler_leaves_the_update_out_itself() -> None:
+    model = nn.Linear(2, 1)
+    before = model.weight.detach().clone()
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scaler.scale(model(torch.ones(1, 2)).sum()).backward()
+    drop_gradients(model, scaled=True)
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(model.weight, before)
+    assert scaler.get_scale() == 4.0
+
+
+def test_deepspeed_has_made_its_update_already(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = trainer_of(tmp_path, exact(), signals=None)
+    trainer._compute_loss(trainer.model, first_batch(trainer)).backward()
+    trainer.is_deepspeed_enabled = True
+    with caplog.at_level(logging.WARNING, logger="rlstab"):
+        assert not skip_update(trainer, ["near", "even"])
+    assert all(parameter.grad is not None for parameter in trainer.model.parameters())
+    assert "near, even are +inf, but DeepSpeed has made its update already" in caplog.text
