@@ -8,7 +8,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rlstab.batch import TokenBatch
-from rlstab.errors import ConfigError
 from rlstab.losses._checks import check_choice, check_number, check_range
 from rlstab.losses._clipped import clipped_surrogate
 from rlstab.losses._metrics import Metric, token_mean
@@ -44,6 +43,23 @@ def rpg_penalty(
         return value, slope
     change = torch.expm1(log_ratio)
     return (value + change, -change) if divergence == "forward" else (value - change, slope + ratio)
+
+
+def rpg_stopped(
+    ratio: Float[Tensor, "B #T"], advantages: Float[Tensor, "B #T"], *, low: float, high: float, dual: float
+) -> Bool[Tensor, "B #T"]:
+    """Where RPG's clip takes the gradient away, by the sign of reward and penalty together.
+
+    >>> rpg_stopped(torch.tensor([[0.7, 1.3]]), torch.tensor([[1.0, 1.0]]), low=0.2, high=0.28, dual=10.0)
+    tensor([[False,  True]])
+    """
+    return torch.where(advantages >= 0, ratio >= 1 + high, (ratio <= 1 - low) | (ratio >= dual))
+
+
+def _check_bounds(low: float, high: float, dual: float) -> None:
+    check_range("RPG.low", low, 0, 1)
+    check_range("RPG.high", high, 0)
+    check_range("RPG.dual", dual, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +128,7 @@ class RPG(RatioSurrogate):
         check_choice("RPG.divergence", self.divergence, ("forward", "reverse"))
         check_choice("RPG.form", self.form, ("differentiable", "reinforce"))
         check_number("RPG.beta", self.beta)
-        check_range("RPG.low", self.low, 0, 1)
-        check_range("RPG.high", self.high, 0)
-        if not self.dual > 1:
-            raise ConfigError(f"RPG.dual: expected a bound > 1 on the ratio, got {self.dual!r}")
+        _check_bounds(self.low, self.high, self.dual)
 
     @property
     def inert_at_ratio_one(self) -> tuple[str, ...]:
@@ -132,32 +145,19 @@ class RPG(RatioSurrogate):
         log_ratio, advantages = bounded_log(self.ratio.log_ratio(batch)), batch.token_advantages()
         penalty, pull = rpg_penalty(log_ratio, divergence=self.divergence, normalised=self.normalised)
         ratio = log_ratio.exp()
+        found: dict[str, Metric] = {"kl": token_mean(penalty, batch.token_weight), "ratio_max": ratio_max(ratio, batch)}
         coefficient = (ratio * advantages + self.beta * pull).detach()  # sg(wA + C): multiplies the score
-        stopped = self._stopped(ratio.detach(), coefficient if self._joint else advantages)
-        metrics: dict[str, Metric] = {
-            "kl": token_mean(penalty, batch.token_weight),
-            "ratio_max": ratio_max(ratio, batch),
-        }
+        bounds = {"low": self.low, "high": self.high, "dual": self.dual}
+        joint = self.form == "reinforce" or self.divergence == "reverse"
         if self.clip:
-            metrics["clipped"] = clip_share(stopped, batch)
+            stopped = rpg_stopped(ratio.detach(), coefficient if joint else advantages, **bounds)
+            found["clipped"] = clip_share(stopped, batch)
+            coefficient = torch.where(stopped, 0.0, coefficient)
         if self.form == "reinforce":
-            return -torch.where(stopped, 0.0, coefficient) * finite_logp(batch.logp("policy")), metrics
+            return -coefficient * finite_logp(batch.logp("policy")), found
         if not self.clip:
-            return -ratio * advantages + self.beta * penalty, metrics
-        if self.divergence == "forward":
-            return self._clipped(ratio, advantages.expand_as(ratio)) + self.beta * penalty, metrics
+            return self.beta * penalty - ratio * advantages, found
+        if not joint:
+            return clipped_surrogate(ratio, advantages, **bounds) + self.beta * penalty, found
         pulled = advantages - self.beta * (log_ratio.detach() + float(self.normalised))  # A + C/w, as if it were given
-        return self._clipped(ratio, pulled), metrics
-
-    @property
-    def _joint(self) -> bool:
-        """Whether the clip acts on reward and penalty together."""
-        return self.form == "reinforce" or self.divergence == "reverse"
-
-    def _clipped(self, ratio: Float[Tensor, "B #T"], advantages: Float[Tensor, "B #T"]) -> Float[Tensor, "B #T"]:
-        return clipped_surrogate(ratio, advantages, low=self.low, high=self.high, dual=self.dual)
-
-    def _stopped(self, ratio: Float[Tensor, "B #T"], advantages: Float[Tensor, "B #T"]) -> Bool[Tensor, "B #T"]:
-        """Where the clip takes the gradient away."""
-        outside = (ratio <= 1 - self.low) | (ratio >= self.dual)
-        return self.clip & torch.where(advantages >= 0, ratio >= 1 + self.high, outside)
+        return clipped_surrogate(ratio, pulled, **bounds), found

@@ -191,7 +191,7 @@ def test_the_unnormalised_reverse_form_is_the_divergence_beside_the_plain_surrog
         ({"beta": float("nan")}, r"RPG\.beta: expected a finite number"),
         ({"low": 1.5}, r"RPG\.low: expected a number from 0 to 1"),
         ({"high": -0.1}, r"RPG\.high"),
-        ({"dual": 1.0}, r"RPG\.dual: expected a bound > 1"),
+        ({"dual": 0.9}, r"RPG\.dual: expected a number of at least 1, got 0\.9"),
     ],
 )
 def test_refusals(changes: dict[str, object], message: str) -> None:
