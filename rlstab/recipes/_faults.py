@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from rlstab.losses import Objective, presets
+from rlstab.losses import Objective, Part, presets
 from rlstab.recipes._tree import CLASS_KEYS, hint
 
 _PLAIN = {
@@ -124,7 +124,8 @@ def _named(name: Any, base: Any) -> Any:
     if not isinstance(name, str):
         return f"expected the name of a class as class_path, got {name!r}"
     if "." not in name:
-        return known.get(name) or f"no {base.__name__} is called {name!r}; {hint(name, known)}"
+        where = "rlstab methods" if issubclass(base, Objective | Part) else None
+        return known.get(name) or f"no {base.__name__} is called {name!r}; {hint(name, known, listed_by=where)}"
     module_name, _, attribute = name.rpartition(".")
     try:
         members = vars(import_module(module_name))

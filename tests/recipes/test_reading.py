@@ -223,7 +223,11 @@ MISTAKES = {
         "JensenShannon",
     ),
     "objective.terms.extra=TruncatedIS": ("objective.terms.extra: no Term is called 'TruncatedIS'",),
-    "objective=gropo": ("objective: no Objective is called 'gropo'", "did you mean 'grpo'?", "dapo"),
+    "objective=gropo": (
+        "objective: no Objective is called 'gropo'",
+        "did you mean 'grpo'?",
+        "`rlstab methods` lists them",
+    ),
     "model=tinymodel": ("model: no ModelSource is called 'tinymodel'", "did you mean 'TinyModel'?", "PretrainedModel"),
     "advantage=GrupNorm": ("advantage: no Advantage is called 'GrupNorm'", "did you mean 'GroupNorm'?"),
     "task=nowhere.Task": ("task: class_path 'nowhere.Task' cannot be imported", "No module named 'nowhere'"),

@@ -9,6 +9,7 @@ from rlstab.losses import (
     AlphaDivergence,
     ChiSquared,
     ChiSquaredMixture,
+    ClippedAlpha,
     Divergence,
     ForwardKL,
     GeneralizedJSD,
@@ -46,6 +47,21 @@ def alpha_divergence(alpha: float) -> Callable[[Tensor], Tensor]:
     return lambda u: (u ** (1 - alpha) - (1 - alpha) * u - alpha) / (alpha * (alpha - 1))
 
 
+def clipped_alpha(alpha: float, clip: float) -> Callable[[Tensor], Tensor]:
+    """The alpha-divergence up to the ratio at which the clip acts, and its tangent beyond."""
+    plain = alpha_divergence(alpha)
+    edge = torch.tensor(clip ** (-1 / alpha), dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(plain(edge), [edge])
+    at_edge = plain(edge).detach()
+    edge = edge.detach()
+
+    def f(u: Tensor) -> Tensor:
+        beyond = u < edge if alpha > 0 else u > edge
+        return torch.where(beyond, at_edge + (u - edge) * slope, plain(torch.where(beyond, edge, u)))
+
+    return f
+
+
 FAMILY: list[tuple[Divergence, Callable[[Tensor], Tensor]]] = [
     (ReverseKL(), reverse_kl),
     (ForwardKL(), forward_kl),
@@ -60,6 +76,8 @@ FAMILY: list[tuple[Divergence, Callable[[Tensor], Tensor]]] = [
     (AlphaDivergence(alpha=0.2), alpha_divergence(0.2)),
     (AlphaDivergence(alpha=1.0), forward_kl),
     (AlphaDivergence(alpha=2.5), alpha_divergence(2.5)),
+    (ClippedAlpha(), clipped_alpha(-1.0, 5.0)),
+    (ClippedAlpha(alpha=0.5, clip=2.0), clipped_alpha(0.5, 2.0)),
     (ChiSquared(), lambda u: (u - 1) ** 2),
     (ReverseChiSquared(), lambda u: (1 - u) ** 2 / u),
     (Hellinger(), lambda u: (1 - u.sqrt()) ** 2),
