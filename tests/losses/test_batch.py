@@ -207,3 +207,12 @@ def test_once_computes_once_for_each_batch() -> None:
     assert [int(batch.once("count", count)) for _ in range(3)] == [3, 3, 3]
     assert len(calls) == 1
     assert [int(part.once("count", count)) for part in batch.split([1, 1])] == [2, 1]
+
+
+def test_new_log_probs_are_not_known_to_be_complete() -> None:
+    logps = {"policy": torch.zeros(4, 2), "old": torch.zeros(4, 2)}
+    batch = TokenBatch(mask=torch.ones(4, 2), logps=logps, complete=frozenset({"old"}))
+    assert batch.select(slice(2)).complete == batch.replace(rows="buffer").complete == {"old"}
+    assert all(part.complete == {"old"} for part in batch.split([1, 3]))
+    assert batch.replace(logps=logps).complete == batch.replace(mask=torch.ones(4, 2)).complete == frozenset()
+    assert batch.replace(logps=logps, complete=frozenset({"policy"})).complete == {"policy"}

@@ -37,6 +37,8 @@ from rlstab.schema import signal
 INF = math.inf
 FAR = [-INF, -1e30, -700.0, -88.0, -50.0, -1.0, 0.0, 1.0, 50.0, 88.0, 700.0, 1e30, INF]
 TERMS = [term for term, _ in FAMILY]
+CLOSED = [ReverseKL(), ForwardKL(), JensenShannon(), Hellinger(), Jeffreys(), ChiSquaredMixture()]
+CLOSED += [GeneralizedJSD(beta=0.5), SkewJSD(alpha=0.0), SkewJSD(alpha=1.0), AlphaDivergence(alpha=1.0)]
 
 every_generator = pytest.mark.parametrize(("term", "f"), FAMILY, ids=NAMES)
 every_term = pytest.mark.parametrize("term", TERMS, ids=NAMES)
@@ -254,6 +256,19 @@ def test_nothing_overflows_where_the_exact_value_fits(term: Divergence, f: Calla
     torch.testing.assert_close(slope.double()[fits], exact_slope[fits], rtol=1e-4, atol=1e-30)
     assert (loss[~fits] == INF).all()
     assert slope.isfinite().all()
+
+
+@pytest.mark.parametrize("term", CLOSED, ids=repr)
+@pytest.mark.parametrize(("dtype", "accuracy"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
+def test_the_closed_form_is_that_of_the_logarithms(term: Divergence, dtype: torch.dtype, accuracy: float) -> None:
+    """From next to the reference (1e-6) to where nothing is left of the smaller probability (60), on both sides."""
+    size = torch.logspace(-6, math.log10(60), 200, dtype=torch.float64)
+    a = torch.cat([-size, size]).to(dtype).double()
+    closed = term.scaled(a.to(dtype))
+    assert closed is not None
+    torch.testing.assert_close(closed.value.double(), term.log_scaled_f(a).exp(), rtol=accuracy, atol=0.0)
+    slope = a.sign() * term.log_scaled_df(a).exp()
+    torch.testing.assert_close(closed.slope.double(), slope, rtol=accuracy, atol=0.0)
 
 
 def test_what_exceeds_the_dtype_is_infinite_counted_and_named() -> None:

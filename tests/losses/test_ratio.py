@@ -17,7 +17,7 @@ from rlstab.losses import (
     SequenceRatio,
     TokenRatio,
 )
-from rlstab.losses._ratio import ratio_of
+from rlstab.losses._ratio import leave_out, missing, ratio_of
 
 X = torch.tensor([[0.3, -0.1, 0.4], [0.2, 0.6, 9.0]], dtype=torch.float64)
 MASK = torch.tensor([[True, True, True], [True, True, False]])
@@ -125,3 +125,20 @@ def test_a_ratio_stays_finite_together_with_a_product_of_two(dtype: torch.dtype)
 
 def test_a_broken_policy_is_not_hidden() -> None:
     assert ratio_of(torch.tensor([math.nan])).isnan()
+
+
+def test_log_probs_that_are_known_to_be_complete_are_not_searched() -> None:
+    old = torch.tensor([[-1.0, -math.inf]])
+    batch = TokenBatch(mask=torch.ones(1, 2), logps={"policy": torch.zeros(1, 2), "old": old})
+    values = torch.ones(1, 2)
+    assert missing(batch, "old").tolist() == [[False, True]]
+    assert leave_out(values, batch, "old").tolist() == [[1.0, 0.0]]
+    trusted = batch.replace(complete=frozenset({"old"}))
+    assert not missing(trusted, "old").any()
+    assert leave_out(values, trusted, "old") is values
+
+
+def test_on_policy_the_old_log_probs_are_missing_where_the_policys_are() -> None:
+    batch = TokenBatch(mask=torch.ones(1, 2), logps={"policy": torch.tensor([[-math.inf, -1.0]])})
+    assert missing(batch, "old") is missing(batch, "policy")
+    assert missing(batch, "old").tolist() == [[True, False]]

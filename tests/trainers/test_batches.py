@@ -47,3 +47,19 @@ def test_tokens_of_tools_are_scored_and_leave_no_trace(tmp_path: Path) -> None:
     assert logps[tools].all()
     cleaned = _batches.token_batch(inputs, logps={"policy": logps})
     assert torch.equal(cleaned.logp("policy"), torch.where(loss_mask, logps, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "complete"),
+    [
+        ("dapo", {"old"}),
+        ("dapo-kl", {"old", "initial"}),
+        ("dapo-token_truncate", {"old"}),  # its sampler leaves a token of each sequence without a score
+    ],
+)
+def test_what_travels_complete_is_known_to_be(name: str, complete: set[str], tmp_path: Path) -> None:
+    _, inputs = micro_batch(name, tmp_path)
+    batch = _batches.token_batch(inputs)
+    assert batch.complete == complete
+    assert all(batch.logp(source).isfinite().all() for source in complete)
+    assert all(not batch.logp(source).isfinite().all() for source in set(batch.logps) - complete)
