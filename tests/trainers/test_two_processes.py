@@ -42,7 +42,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ranks(output: Path) -> list[Any]:
     """The results of both."""
     found = [torch.load(output / f"results-{rank}.pt", weights_only=False) for rank in (0, 1)]
-    assert [result[name]["processes"] for result in found for name in result] == [2] * 8
+    assert [result[name]["processes"] for result in found for name in result] == [2] * 10
     return found
 
 
@@ -113,3 +113,13 @@ def test_sharded_models_have_the_gradient_of_whole_ones(ranks: list[Any], head: 
         ours, whole = result["sharded"]["gradients"][head]
         assert gradient_distance(ours, whole) <= 1e-5
         assert any(gradient.any() for gradient in whole.values())
+
+
+def test_distillation_equals_the_host(ranks: list[Any]) -> None:
+    for result in ranks:
+        ours, theirs = result["distilled"]["losses"]
+        assert len(theirs) == 6
+        assert ours == pytest.approx(theirs, rel=1e-5)
+        for mine, hosts in zip(*result["distilled"]["gradients"], strict=True):
+            assert gradient_distance(mine, hosts) <= 1e-5
+    assert ranks[0]["distilled"]["losses"] != ranks[1]["distilled"]["losses"]

@@ -11,6 +11,7 @@ import torch
 from equality import Trace, Tracer, config, digits_reward, prompts, run
 from sharded_models import sharded_gradients
 from small_runs import TOKENIZER, run_folder, tiny_policy, trainer_of, weights
+from test_exact_distillation import distil
 from trl import GRPOTrainer
 
 from rlstab.losses import (
@@ -124,6 +125,16 @@ def stopped_and_resumed(output: Path) -> dict[str, Any]:
     return {"processes": whole.accelerator.num_processes, "weights": (weights(resumed), weights(whole))}
 
 
+def distilled(output: Path) -> dict[str, Any]:
+    """The host's distillation and the drop-in's, on the same seed."""
+    ours, theirs = (run(distil(output / f"distilled-{host}", host=host, beta=0.3)) for host in (False, True))
+    return {
+        "processes": int(os.environ["WORLD_SIZE"]),
+        "losses": (ours.losses, theirs.losses),
+        "gradients": (ours.gradients, theirs.gradients),
+    }
+
+
 def main() -> None:
     """Run every scenario; each process writes its own results."""
     torch.set_num_threads(1)
@@ -136,6 +147,7 @@ def main() -> None:
         "spread": spread_run(output, rows=ROWS // 4, accumulation=2),
         "host": beside_the_host(output),
         "resumed": stopped_and_resumed(output),
+        "distilled": distilled(output),
         "sharded": {"processes": torch.distributed.get_world_size(), "gradients": sharded_gradients()},
     }
     torch.save(results, output / f"results-{torch.distributed.get_rank()}.pt")
