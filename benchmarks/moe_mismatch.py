@@ -1,6 +1,6 @@
 """Mixtures of experts: distance of trainer and engine with and without replay of the engine's routes, and its cost.
 
-    python benchmarks/moe_mismatch.py [--parts static rl cost] [--seeds N] [--steps N] [--json FILE]
+    python benchmarks/moe_mismatch.py [--parts static rl cost] [--seeds N] [--json FILE] [--plot FILE]
 
 A tiny model (8 experts, 2 per token, 2 layers) is warmed up to sort six digits. Its engine is disturbed while it
 samples: router or weights in fewer bits, or noise on the router's logits. `static` scores the samples once with the
@@ -46,6 +46,7 @@ from rlstab.tasks import SortDigits
 from rlstab.trainers import GRPOConfig, Signals, StableGRPOTrainer
 
 TASK = SortDigits(digits=6)
+COST_MODEL = TinyModel(hidden=256, layers=4, heads=4, experts=8)
 Disturbance = Callable[[nn.Module], contextlib.AbstractContextManager[None]]
 
 
@@ -266,46 +267,45 @@ def cpu_seconds(work: Callable[[], Any]) -> float:
     return time.process_time() - started
 
 
-def in_turn(arms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
-    """Median over rounds of each arm's time over that of the first, which is timed twice."""
+def in_turn(arms: dict[str, Callable[[], float]], rounds: int) -> dict[str, Any]:
+    """Median over rounds of each arm's seconds over those of the first, which is timed twice."""
     first = next(iter(arms))
     arms = {**arms, "again": arms[first]}
-    for work in arms.values():
-        work()
+    for timed in arms.values():
+        timed()
     times: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(rounds):
         names = list(arms)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            times[name].append(cpu_seconds(arms[name]))
+            times[name].append(arms[name]())
     ratios = {n: statistics.median(t / b for t, b in zip(times[n], times[first], strict=True)) for n in arms}
     return {"seconds": statistics.median(times[first]), "ratios": {n: r for n, r in ratios.items() if n != first}}
 
 
-def cost(rounds: int) -> dict[str, Any]:
-    model, tokenizer = TinyModel(hidden=128, layers=4, heads=4, experts=8).load(TASK, seed=0)
-    requests = [
-        Request(prompt_ids=tokenizer(text)["input_ids"]) for text in TASK.prompts(16, split="train")["prompt"] * 4
-    ]
+def sampling_seconds(routes: bool) -> float:
+    """CPU time of 64 completions of 32 tokens."""
+    model, tokenizer = COST_MODEL.load(TASK, seed=0)
+    texts = [*TASK.prompts(16, split="train")["prompt"]] * 4
+    requests = [Request(prompt_ids=tokenizer(text)["input_ids"]) for text in texts]
     sampling = Sampling(max_new_tokens=32, seed=0, stop_ids=())
-    arms = {
-        name: partial(TransformersEngine(model, tokenizer, routes=routes).generate, requests, sampling)
-        for name, routes in {"plain": False, "recording": True}.items()
-    }
-    found = {"sampling": in_turn(arms, rounds)}
-    steps = {}
-    for name, replay in {"plain": None, "replay": "R3"}.items():
-        engine = partial(TransformersEngine, routes=replay is not None)
-        model, tokenizer = TinyModel(hidden=128, layers=4, heads=4, experts=8).load(TASK, seed=0)
-        trainer = trainer_of(
-            model, tokenizer, Path(tempfile.mkdtemp()), seed=0, steps=4, engine=engine, replay=replay, rows=64
-        )
-        steps[name] = partial(quietly, trainer.train)
-    return found | {"four steps": in_turn(steps, max(1, rounds // 3))}
+    engine = TransformersEngine(model, tokenizer, routes=routes)
+    return cpu_seconds(partial(engine.generate, requests, sampling))
 
 
-def quietly(work: Callable[[], Any]) -> None:
+def training_seconds(replay: str | None) -> float:
+    """CPU time of four steps of 64 completions."""
+    model, tokenizer = COST_MODEL.load(TASK, seed=0)
+    engine = partial(TransformersEngine, routes=replay is not None)
+    folder = Path(tempfile.mkdtemp())
     with contextlib.redirect_stdout(io.StringIO()):
-        work()
+        trainer = trainer_of(model, tokenizer, folder, seed=0, steps=4, engine=engine, replay=replay, rows=64)
+        return cpu_seconds(trainer.train)
+
+
+def cost(rounds: int) -> dict[str, Any]:
+    sampling = {"plain": partial(sampling_seconds, False), "recording": partial(sampling_seconds, True)}
+    training = {"plain": partial(training_seconds, None), "replay": partial(training_seconds, "R3")}
+    return {"sampling": in_turn(sampling, rounds), "four steps": in_turn(training, rounds)}
 
 
 # --- tables -----------------------------------------------------------------
@@ -351,6 +351,32 @@ def print_cost(found: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
+def draw(found: dict[str, Any], path: Path) -> None:
+    """The k3 of every engine and seed without and with replay, and the course of training."""
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    engines = list(dict.fromkeys(row["engine"] for row in found["static"]))
+    for place, (key, label) in enumerate({"k3_native": "own choices", "k3_replayed": "routes replayed"}.items()):
+        color = ("#c44e52", "#4c72b0")[place]
+        for row in found["static"]:
+            at = engines.index(row["engine"]) + 0.2 * (place - 0.5)
+            left.plot(at, row[key], "o", color=color, markersize=4, alpha=0.7, label=label)
+            label = "_"
+    left.set(yscale="log", ylabel="k3, nats/token", title="One policy, five seeds: trainer against engine")
+    left.set_xticks(
+        range(len(engines)), [name.replace(" in ", "\nin ").replace("noise ", "\nnoise ") for name in engines]
+    )
+    left.legend(frameon=False)
+    for row in found["rl"]:
+        color, label = ("#c44e52", "no replay") if row["replay"] is None else ("#4c72b0", 'replay="R3"')
+        right.plot(row["curve"]["k3"], color=color, linewidth=1, label=label if row["seed"] == 0 else "_")
+    right.set(yscale="log", xlabel="step", ylabel="mismatch/k3", title="Training with router noise 2")
+    right.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=["static", "rl", "cost"], default=["static", "rl", "cost"])
@@ -360,6 +386,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=300, help="steps of supervised warm-up")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="draw static and rl into this file")
     given = parser.parse_args()
     torch.set_num_threads(1)
     disable_progress_bar()
@@ -376,6 +403,8 @@ def main() -> None:
     if "cost" in given.parts:
         found["cost"] = cost(given.rounds)
         print_cost(found["cost"], console)
+    if given.plot is not None:
+        draw(found, given.plot)
     if given.json is not None:
         given.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -61,7 +61,8 @@ class Pass:
         self._scored = scored
         self._logprobs = logprobs
         self._calls: dict[int, _Call] = {}
-        self._open: list[Choice] = []
+        self._open: list[Choice | None] = []
+        self._returned: dict[int, int] = {}
         self._handles: list[RemovableHandle] = []
 
     def routes(self, rows: int) -> Routes:
@@ -86,9 +87,9 @@ class Pass:
     def native(self, rows: int) -> Routes:
         """What the routers would have chosen by themselves, given the layers below; the log-probs as asked for."""
         calls = self._complete()
-        stacked = torch.stack([compact(call.native, self._num_experts) for call in calls], dim=1)
         scores = [call.logprobs for call in calls if call.logprobs is not None]
-        experts = stacked.unflatten(0, (rows, -1))
+        stacked = torch.stack([call.native for call in calls], dim=1)
+        experts = compact(stacked, self._num_experts).unflatten(0, (rows, -1))
         return Routes(
             experts=experts,
             valid=torch.ones(experts.shape[:2], dtype=torch.bool, device=experts.device),
@@ -137,24 +138,38 @@ class Pass:
 
     def _hooked(self, place: int, name: str, module: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
         def enter(module: nn.Module, args: Any) -> None:
-            given = None if self._replayed is None else self._replayed.given(place)
-            choice = Choice(name, self._num_experts, self._top_k, given, scored=self._logprobs)
-            choice.__enter__()  # type: ignore[no-untyped-call]
+            choice = None if place in self._returned else self._choice(place, name)
+            if choice is not None:
+                choice.__enter__()  # type: ignore[no-untyped-call]
             self._open.append(choice)
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             choice = self._open.pop()
-            choice.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            if output is not None:  # None: the router raised an error, which goes on
-                self._calls[place] = self._read(place, choice)
+            if choice is not None:
+                choice.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            if output is None:  # the router raised an error, which goes on
+                return
+            if choice is None:
+                self._calls[place] = _Call(output[self._returned[place]], None)
+            else:
+                self._calls[place] = self._watched(place, choice, output)
 
         return module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)
 
+    def _choice(self, place: int, name: str) -> Choice:
+        given = None if self._replayed is None else self._replayed.given(place)
+        return Choice(name, self._num_experts, self._top_k, given, scored=self._logprobs)
+
     @torch.no_grad()
-    def _read(self, place: int, choice: Choice) -> _Call:
+    def _watched(self, place: int, choice: Choice, output: Any) -> _Call:
         native = choice.finish()
-        if not self._logprobs:
-            return _Call(native, None)
-        asked = self._scored or self._replayed
-        chosen = native if asked is None else asked.given(place)
-        return _Call(native, choice.logprobs(torch.where(chosen < 0, native, chosen)))
+        if self._logprobs:
+            asked = self._scored or self._replayed
+            chosen = native if asked is None else asked.given(place)
+            return _Call(native, choice.logprobs(torch.where(chosen < 0, native, chosen)))
+        if self._replayed is None and isinstance(output, tuple):
+            # A router that returns the very ids it chose need not be watched again, which costs more than reading.
+            position = next((at for at, value in enumerate(output) if value is native), None)
+            if position is not None:
+                self._returned[place] = position
+        return _Call(native, None)
