@@ -8,15 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Real
-from types import TracebackType
 from typing import Any, Literal, Self, final
 
 from rlstab.errors import ConfigError, RewardError
+from rlstab.tasks._attempt import Attempt, described, shown
 from rlstab.tasks._task import Messages, Task, text_of
 
 __all__ = ["Correct", "Reward", "RewardBatch", "RewardFunction", "SampleReward", "reward_functions"]
-
-SHOWN = 80
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +184,7 @@ class Reward(ABC):
             with _naming(name):
                 batch.column(column)
         scores: list[float | None] = []
-        with _Attempt() as attempt:
+        with Attempt() as attempt:
             scores = _checked(self.rewards(batch), len(batch))
         if attempt.error is None:
             return scores, 0
@@ -194,8 +192,8 @@ class Reward(ABC):
             return self._one_by_one(batch, name, attempt.error)
         if self.on_error == "raise":
             raise RewardError(
-                f"{name}: {_described(attempt.error)}; in a batch of {len(batch)} completions, the first is "
-                f"{_shown(batch, 0)}"
+                f"{name}: {described(attempt.error)}; in a batch of {len(batch)} completions, the first is "
+                f"{shown(batch.completions[0])}"
             ) from attempt.error
         return [None] * len(batch), len(batch)
 
@@ -204,18 +202,18 @@ class Reward(ABC):
         scores: list[float | None] = []
         failed = 0
         for index in range(len(batch)):
-            with _Attempt() as attempt:
+            with Attempt() as attempt:
                 scores += _checked(self.rewards(batch.only(index)), 1)
             if attempt.error is None:
                 continue
             if self.on_error == "raise":
                 raise RewardError(
-                    f"{name}: {_described(attempt.error)}; completion {index} is {_shown(batch, index)}"
+                    f"{name}: {described(attempt.error)}; completion {index} is {shown(batch.completions[index])}"
                 ) from attempt.error
             scores.append(None)
             failed += 1
         if not failed and self.on_error == "raise":
-            raise RewardError(f"{name}: {_described(error)}; no completion fails by itself") from error
+            raise RewardError(f"{name}: {described(error)}; no completion fails by itself") from error
         return scores, failed
 
     @final
@@ -376,24 +374,6 @@ def _same_values(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     return old.keys() == new.keys() and all(old[name] is new[name] for name in new)
 
 
-class _Attempt:
-    """Runs what users wrote: whatever it raises is kept, but for a mistake in the configuration."""
-
-    def __init__(self) -> None:
-        self.error: Exception | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        if not isinstance(error, Exception) or isinstance(error, ConfigError):
-            return False
-        self.error = error
-        return True
-
-
 @contextmanager
 def _naming(name: str) -> Iterator[None]:
     """Put a name before the message of a `RewardError`."""
@@ -412,12 +392,3 @@ def _checked(values: Sequence[Any], size: int) -> list[float | None]:
         if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
             raise RewardError(f"returned {value!r}; expected a finite number or None")
     return [None if value is None else float(value) for value in values]
-
-
-def _described(error: Exception | None) -> str:
-    return str(error) if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
-
-
-def _shown(batch: RewardBatch, index: int) -> str:
-    shown = repr(batch.completions[index])
-    return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."

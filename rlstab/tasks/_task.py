@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, final, get_args
 from datasets import Dataset
 
 from rlstab.errors import ConfigError, RewardError
+from rlstab.tasks._attempt import Attempt, described, shown
 
 __all__ = ["EmbeddedTask", "Messages", "Problem", "Split", "Task", "split_of", "text_of"]
 
@@ -118,7 +119,7 @@ class Task(ABC):
 
         Raises:
             RewardError: if a length differs from that of `prompts`, an answer column is missing, a completion holds
-                no text, or `score` returned something other than a finite number or None.
+                no text, or `score` raised, or returned something other than a finite number or None.
         """
         self._check_batch(len(prompts), completions, columns)
         answers = zip(*(columns[column] for column in self.answer_columns), strict=True)
@@ -126,9 +127,22 @@ class Task(ABC):
         own = [index for index, row in enumerate(rows) if None not in row.values()]
         texts = [text_of(completions[index], owner=f"task {self.name}") for index in own]
         rewards: list[float | None] = [None] * len(prompts)
-        for index, text, score in zip(own, texts, self.scores(texts, [rows[index] for index in own]), strict=True):
-            rewards[index] = self._checked(score, text)
+        for index, score in zip(own, self._scores(texts, [rows[index] for index in own]), strict=True):
+            rewards[index] = score
         return rewards
+
+    def _scores(self, texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
+        """The checked scores; where they cannot be had, an error that names the first completion that fails."""
+        with Attempt() as attempt:
+            scores = self.scores(texts, rows)
+            if len(scores) != len(texts):
+                raise RewardError(f"{len(scores)} scores for {len(texts)} completions")
+            return [self._checked(score) for score in scores]
+        if len(texts) > 1:
+            for text, row in zip(texts, rows, strict=True):
+                self._scores([text], [row])
+        where = f"completion {shown(texts[0])}" if len(texts) == 1 else "no completion fails by itself"
+        raise RewardError(f"task {self.name}: {described(attempt.error)}; {where}") from attempt.error
 
     def _check_batch(self, size: int, completions: Sequence[str | Messages], columns: Mapping[str, Any]) -> None:
         missing = [column for column in self.answer_columns if column not in columns]
@@ -144,13 +158,12 @@ class Task(ABC):
                     f"task {self.name}: {key} has {length} values; expected one for each of {size} prompts"
                 )
 
-    def _checked(self, score: Any, text: str) -> float | None:
+    @staticmethod
+    def _checked(score: Any) -> float | None:
         if score is None:
             return None
         if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-            raise RewardError(
-                f"task {self.name}: score {score!r} for completion {text!r}; expected a finite number or None"
-            )
+            raise RewardError(f"score {score!r}; expected a finite number or None")
         return float(score)
 
 

@@ -1,4 +1,4 @@
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -37,10 +37,26 @@ def test_a_finite_number_passes_as_a_float(value: float) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), True, "1.0", [1.0]])
 def test_anything_else_is_an_error_that_shows_it(value: Any) -> None:
-    with pytest.raises(
-        RewardError, match=r"task lookup: score .* for completion 'a'; expected a finite number or None"
-    ):
+    with pytest.raises(RewardError, match=r"^task lookup: score .*; expected a finite number or None; completion 'a'$"):
         score(value)
+
+
+def test_a_verifier_that_raises_is_named_with_the_completion() -> None:
+    with pytest.raises(RewardError, match=r"^task lookup: KeyError: 'b'; completion 'b'$"):
+        Lookup().reward(["?"] * 3, ["a", "b", "c"], scores=[{"a": 1.0}] * 3, offset=[0] * 3)
+
+
+class Together(Lookup):
+    """Scores only all at once."""
+
+    def scores(self, completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
+        return [1.0]
+
+
+def test_a_failure_of_all_together() -> None:
+    assert Together().reward(["?"], ["a"], scores=[{}], offset=[0]) == [1.0]
+    with pytest.raises(RewardError, match=r"^task lookup: 1 scores for 2 completions; no completion fails by itself$"):
+        Together().reward(["?"] * 2, ["a"] * 2, scores=[{}] * 2, offset=[0] * 2)
 
 
 def test_none_from_the_verifier_stays_none() -> None:
