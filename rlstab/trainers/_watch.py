@@ -7,7 +7,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 from accelerate import Accelerator
@@ -43,6 +43,19 @@ JOINED: dict[str, Callable[[list[float]], float]] = {
     "min": min,
     "last": operator.itemgetter(-1),
 }
+
+
+class _Run(NamedTuple):
+    """What the host hands to a callback, as far as actions need it."""
+
+    control: Any
+    model: nn.Module
+    optimizer: Any
+    scheduler: Any
+
+    @classmethod
+    def of(cls, control: Any, given: Mapping[str, Any]) -> Self:
+        return cls(control, given["model"], given["optimizer"], given["lr_scheduler"])
 
 
 class Watch(TrainerCallback, ExportableState):
@@ -138,21 +151,21 @@ class Watch(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take up a resumed run where its checkpoint left it, and the first snapshot."""
-        optimizer, scheduler, model = kwargs["optimizer"], kwargs["lr_scheduler"], kwargs["model"]
+        run = _Run.of(control, kwargs)
         self._main = args.process_index == 0
         _check_sharding(self._guard, bool(args.deepspeed or args.fsdp))
         if self._trainer is None:
             _check_scales(self.monitor.rules, None)
         products = self._scaling.products if self._scaling is not None else {}
-        self._scaling = Scaling(optimizer, scheduler, self._trainer)
+        self._scaling = Scaling(run.optimizer, run.scheduler, self._trainer)
         self._scaling.products = products
         saved = state.stateful_callbacks.get(type(self).__name__, {}).get("watch")
         if state.global_step > 0 and saved is not None:
             self._take_up(saved)
         state.stateful_callbacks[type(self).__name__] = self.state()
         for probe in self._probes:
-            probe.attach(model)
-        self._snapshot(state.global_step, model, optimizer, scheduler)
+            probe.attach(run.model)
+        self._snapshot(state.global_step, run)
 
     def _take_up(self, saved: Mapping[str, Any]) -> None:
         """The optimizer and its schedule come back with the checkpoint as they were turned, coefficients do not."""
@@ -211,19 +224,20 @@ class Watch(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Do what is due, write down the step, and keep a snapshot if the run is healthy and it is time."""
-        model, optimizer, scheduler = kwargs["model"], kwargs["optimizer"], kwargs["lr_scheduler"]
+        run = _Run.of(control, kwargs)
         due, self._due = self._due, []
         for item in due:
-            self._act(item, state.global_step, control, model, optimizer, scheduler)
+            self._act(item, state.global_step, run)
         self._write(state)
         if self._guard is not None and state.global_step % self._guard.every == 0 and self.monitor.healthy:
-            self._snapshot(state.global_step, model, optimizer, scheduler)
+            self._snapshot(state.global_step, run)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """As a plain callback, take the numbers that the host logs; attached whole they are known at every step."""
         if self._taps is None:
             named = {schema_key(key): value for key, value in kwargs["logs"].items() if isinstance(value, int | float)}
-            self._look(state.global_step, {key: float(value) for key, value in named.items() if key}, args)
+            numbers = {key: float(value) for key, value in named.items() if key}
+            self._look(state.global_step, numbers, args, open_step=False)
 
     # ------------------------------------------------------------------ signals
 
@@ -263,17 +277,17 @@ class Watch(TrainerCallback, ExportableState):
         """Whether a recorder writes the host's numbers into the same run folder."""
         return isinstance(self._trainer, StableGRPOTrainer) and self._trainer._recorder._run is self._run
 
-    def _look(self, step: int, values: Mapping[str, float], args: Any) -> bool:
-        """Let the rules see the numbers; whether the step is to be left out."""
+    def _look(self, step: int, values: Mapping[str, float], args: Any, *, open_step: bool = True) -> bool:
+        """Let the rules see the numbers; whether the step is to be left out, which one that is over cannot be."""
         observed = self.monitor.observe(step, values)
         for alarm in observed.alarms:
             self._announce(alarm, args)
         skips = [item for item in observed.due if isinstance(item.action, SkipStep)]
         self._due += [item for item in observed.due if not isinstance(item.action, SkipStep)]
-        if skips:
+        if skips and open_step:
             self._event("step_skipped", step, reason="; ".join(item.finding for item in skips))
-            logger.warning("step %d: its update is left out: %s", step, skips[0].finding)
-        return bool(skips)
+            self._say(logging.WARNING, f"step {step}: its update is left out: {skips[0].finding}")
+        return bool(skips) and open_step
 
     def _trace(self, step: int, model: nn.Module) -> None:
         """Say where a number that is not finite was born."""
@@ -281,19 +295,18 @@ class Watch(TrainerCallback, ExportableState):
         birth = trace(model, forward, gradients or gradient_norms(model))
         if birth is not None:
             self._event("not_finite", step, where=birth.where, names=list(birth.names))
-            logger.error("step %d: not finite, %s", step, birth)
+            self._say(logging.ERROR, f"step {step}: not finite, {birth}")
 
     # ------------------------------------------------------------------ alarms and actions
 
     def _announce(self, alarm: Alarm, args: Any) -> None:
         self.alarms.append(alarm)
         self._event("alarm", alarm.step, **alarm.fields())
-        if self._main:
-            logger.log(logging.INFO if alarm.change == "cleared" else LEVELS[alarm.severity], "%s", alarm)
-            if alarm.change != "cleared":
-                alert_trackers(alarm, list(args.report_to))
+        self._say(logging.INFO if alarm.change == "cleared" else LEVELS[alarm.severity], str(alarm))
+        if self._main and alarm.change != "cleared":
+            alert_trackers(alarm, list(args.report_to))
 
-    def _act(self, due: Due, step: int, control: Any, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
+    def _act(self, due: Due, step: int, run: _Run) -> None:
         """Do what a rule asks for once per alarm."""
         assert self._scaling is not None
         match due.action:
@@ -305,36 +318,27 @@ class Watch(TrainerCallback, ExportableState):
                 product = self._scaling.apply(action)
                 self._event("scaled", step, target=action.target, product=product, reason=due.finding)
             case RollBack(remedy=remedy):
-                self._roll_back(due, step, remedy, control, model, optimizer, scheduler)
+                self._roll_back(due, step, remedy, run)
             case Stop(save=save):
-                self._stop(step, save, due.finding, control)
+                self._stop(step, save, due.finding, run.control)
 
     def _stop(self, step: int, save: bool, reason: str, control: Any) -> None:
         control.should_training_stop = True
         control.should_save = control.should_save or save
         self._event("stopped", step, reason=reason)
-        logger.error("step %d: the run is stopped: %s", step, reason)
+        self._say(logging.ERROR, f"step {step}: the run is stopped: {reason}")
 
-    def _roll_back(
-        self,
-        due: Due,
-        step: int,
-        remedy: Scale | None,
-        control: Any,
-        model: nn.Module,
-        optimizer: Any,
-        scheduler: Any,
-    ) -> None:
+    def _roll_back(self, due: Due, step: int, remedy: Scale | None, run: _Run) -> None:
         """Go back to before the evidence began, apply the remedy, and let the data go on."""
         assert self._guard is not None
         assert self._scaling is not None
         if self._rollbacks >= self._guard.most:
-            self._stop(step, True, f"{due.finding}, after {self._rollbacks} rollbacks (Guard.most)", control)
+            self._stop(step, True, f"{due.finding}, after {self._rollbacks} rollbacks (Guard.most)", run.control)
             return
         self._rollbacks += 1
         snapshot = self._ring.before(due.since - 1)  # what a step measures, the update before it has done
         products = dict(self._scaling.products)
-        restore(snapshot, model, optimizer, scheduler)
+        restore(snapshot, run.model, run.optimizer, run.scheduler)
         self._scaling.products = dict(snapshot.extra["products"])
         self._restore_extra(snapshot.extra)
         self._scaling.turn(products)
@@ -342,7 +346,7 @@ class Watch(TrainerCallback, ExportableState):
             self._scaling.apply(remedy)
         self._due = []
         self._event("rolled_back", step, to=snapshot.step, reason=due.finding, products=dict(self._scaling.products))
-        logger.error("step %d: back to the weights of step %d: %s", step, snapshot.step, due.finding)
+        self._say(logging.ERROR, f"step {step}: back to the weights of step {snapshot.step}: {due.finding}")
 
     def _restore_extra(self, extra: Mapping[str, Any]) -> None:
         self.monitor.load_state_dict(extra["monitor"])
@@ -353,16 +357,20 @@ class Watch(TrainerCallback, ExportableState):
         if isinstance(self._trainer, GeneratingTrainer):
             self._trainer._buffered_inputs = None  # rollouts of weights that are gone
 
-    def _snapshot(self, step: int, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
+    def _snapshot(self, step: int, run: _Run) -> None:
         if self._guard is None:
             return
         assert self._scaling is not None
         extra = {**self.state()["watch"]}
         if isinstance(self._trainer, StableGRPOTrainer):
             extra["objective"] = self._trainer.objective.state_dict()
-        self._ring.add(take(step, model, optimizer, scheduler, extra))
+        self._ring.add(take(step, run.model, run.optimizer, run.scheduler, extra))
 
     # ------------------------------------------------------------------ what is left behind
+
+    def _say(self, level: int, message: str) -> None:
+        if self._main:
+            logger.log(level, message)
 
     def _event(self, kind: str, step: int, **fields: Any) -> None:
         if self._run is not None and self._main:

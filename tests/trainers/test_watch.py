@@ -166,6 +166,18 @@ def test_a_step_that_the_trainer_left_out_is_no_surprise(tmp_path: Path) -> None
     assert "step/loss" in listening.seen[2]
 
 
+def test_a_step_that_is_over_is_not_said_to_be_left_out(tmp_path: Path) -> None:
+    """As a callback the gradient norm comes with the host's log line, after the update."""
+    trainer, run = host("SFT", tmp_path), run_folder(tmp_path / "run")
+    rule = Rule(signal="train/grad_norm", detector=ALWAYS, action=SkipStep(), cause="optimisation")
+    before = weights(trainer)
+    trainer.add_callback(Watch([rule], run=run))
+    trainer.train()
+    assert len(events(run, "alarm")) == 1
+    assert events(run, "step_skipped") == []
+    assert not all(torch.equal(before[name], value) for name, value in weights(trainer).items())
+
+
 @pytest.mark.parametrize("where", ["weights", "gradient", "nowhere"])
 def test_births_elsewhere(where: str) -> None:
     model = tiny_policy()
