@@ -2,9 +2,15 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlstab.models import tiny_moe, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,3 +44,13 @@ def test_benchmark(tmp_path: Path) -> None:
     for row in json.loads(file.read_text())["static"]:
         assert row["flips_replayed"] == 0
         assert (row["flips_native"] > 0.1) == row["engine"].startswith("router noise")
+
+
+def test_the_guide_replays_outside_a_trainer() -> None:
+    text = (ROOT / "docs/guide/moe.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    model = tiny_moe(tiny_tokenizer("01"))
+    names: dict[str, Any] = {"model": model, "batch": {"input_ids": torch.tensor([[3, 4, 3]])}}
+    exec(block, names)
+    assert names["routes"].experts.shape == (1, 3, 2, 2)
+    assert all(router.modules[0].get_parameter("weight").grad is not None for router in names["routers"].routers)
