@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from rlstab.batch import Column, ExactDivergence, LogProbs, Requirement
+from rlstab.batch import Column, ExactDivergence, LogProbs, Requirement, VocabStat
 from rlstab.errors import ConfigError
 from rlstab.losses import EntropyBonus, Objective, Surrogate, TopEntropy
 from rlstab.record import RunFolder
@@ -69,6 +69,11 @@ def check_terms(objective: Objective, needs: frozenset[Requirement]) -> None:
         raise ConfigError(
             "the objective reads a baseline per completion (for ReMax, the reward of a greedy one), which this trainer "
             "does not produce: use GroupCenter() or LeaveOneOut(), or fill the column in your own trainer"
+        )
+    if VocabStat("log_z") in needs:
+        raise ConfigError(
+            "the objective reads log Z of every position (ZLoss), which this trainer does not measure: drop the term, "
+            "or pass vocab={'log_z': ...} in your own trainer"
         )
 
 
