@@ -31,6 +31,7 @@ __all__ = ["Core", "InFlight", "InProcess", "OwnProcesses", "environment_default
 
 Answer = TypeVar("Answer")
 InFlight = Literal["keep", "wait", "abort"]
+"""What happens to requests in flight when new weights come: see `VLLMEngine`."""
 
 SHUTDOWN = 3.0
 """Seconds that processes are given to end by themselves."""

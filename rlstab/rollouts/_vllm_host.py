@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlstab.rollouts._vllm_cores import environment_defaults, process_state_kept
-
-if TYPE_CHECKING:
-    from vllm import LLM
 
 __all__ = ["colocated_arguments", "colocated_start", "colocated_steps", "runs_on_cpu", "take_weights"]
 
@@ -82,14 +79,14 @@ def colocated_steps() -> Iterator[None]:
         yield
 
 
-def take_weights(llm: LLM, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def take_weights(llm: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Load all weights of a model into a vLLM in this process, on a CPU, and clear its caches.
 
     `model.load_weights`, which trainers call on a GPU, fails there: vLLM's CPU backend has packed its weights away.
     What its own reloading leaves stale (the head tied to the embedding, experts) is brought up to date.
 
     Args:
-        llm: the engine.
+        llm: the `vllm.LLM`.
         tensors: every weight under the name that it has in a checkpoint.
 
     Example:
