@@ -38,7 +38,10 @@ def perturbed(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 def weight_groups(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
-    """The parameters by how an engine may come to lose them; those that are most easily lost first."""
+    """The parameters by how an engine may come to lose them; those that are most easily lost first.
+
+    Quantised ones, which are not trained, are left out.
+    """
     base = base_model(model)
     head = base.get_output_embeddings()
     heads: list[nn.Parameter] = [] if head is None else list(head.parameters())
@@ -46,7 +49,7 @@ def weight_groups(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
     tied = [parameter for parameter in heads if id(parameter) in embedding]
     groups: dict[str, list[nn.Parameter]] = {"tied head": tied, "experts": [], "adapters": [], "head": [], "layers": []}
     for name, parameter in model.named_parameters():
-        if any(parameter is one for one in tied):
+        if any(parameter is one for one in tied) or not parameter.is_floating_point():
             continue
         kind = "experts" if ".experts." in name else "adapters" if "lora_" in name else "layers"
         groups["head" if any(parameter is one for one in heads) else kind].append(parameter)
