@@ -336,7 +336,7 @@ _STEP = (
         unit="tensors",
         direction="lower",
         reduction="max",
-        cadence="at steps whose loss or gradient norm is not finite",
+        cost="the norm of every gradient",
     ),
     Signal(
         "rollout/unique",
