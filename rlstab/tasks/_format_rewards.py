@@ -47,24 +47,25 @@ class Accuracy(Reward):
     def rewards(self, batch: RewardBatch) -> list[float | None]:
         """The scorer's verdicts."""
         scores: list[float | None] = [None] * len(batch)
-        known = [index for index, answer in enumerate(batch.column(self.column)) if answer is not None]
-        given = {
-            index: batch.texts[index] if self.inside is None else _block(batch.texts[index], self.inside)
-            for index in known
-        }
-        asked = [index for index in known if given[index] is not None]
-        answers = [answer_text(batch.column(self.column)[index]) for index in asked]
-        verdicts = self.scorer.scores([str(given[index]) for index in asked], answers)
-        for index in known:
-            scores[index] = 0.0
-        for index, verdict in zip(asked, verdicts, strict=True):
+        asked, given, answers = [], [], []
+        for index, answer in enumerate(batch.column(self.column)):
+            if answer is None:
+                continue
+            text = batch.texts[index] if self.inside is None else _block(batch.texts[index], self.inside)
+            if text is None:
+                scores[index] = 0.0
+                continue
+            asked.append(index)
+            given.append(text)
+            answers.append(answer_text(answer))
+        for index, verdict in zip(asked, self.scorer.scores(given, answers), strict=True):
             scores[index] = verdict
         return scores
 
 
 def _block(text: str, tag: str) -> str | None:
     """What stands in the last block of a tag, None if there is no such block."""
-    blocks = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+    blocks = re.findall(rf"<{re.escape(tag)}>(.*?)</{re.escape(tag)}>", text, re.DOTALL)
     return str(blocks[-1]) if blocks else None
 
 
