@@ -1,4 +1,4 @@
-"""Worked examples of detectors, probes and optimizers (`tests/vectors/moe_monitors_optim.json`), and which of them are claimed."""
+"""Worked examples of detectors, probes and optimizers (`moe_monitors_optim.json`), and which of them are claimed."""
 
 import json
 from pathlib import Path
