@@ -22,7 +22,7 @@ from rlstab.losses._streamed_passes import Entry, Models, Plan, backward, forwar
 #: What is known of the policy's distribution at each token, besides divergences.
 Statistic = Literal["logp", "entropy", "log_z", "sum_squares", "top1"]
 LOGP: tuple[Statistic, ...] = ("logp",)
-Reference = tuple[Float[Tensor, "N D"], Head]
+Reference = tuple[Float[Tensor, "N _"], Head]  # as wide as its own head
 
 
 def streamed_statistics(
