@@ -177,6 +177,10 @@ class Edit(NamedTuple):
     why: str
 
 
+def _none(trace: Trace) -> Sequence[Edit]:
+    return ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
     """A cause that a diagnosis knows, as data.
@@ -186,11 +190,11 @@ class Explanation:
         title: The cause in one phrase.
         signs: What speaks for it.
         remedy: What to do, in a sentence.
-        edits: The lines of the recipe to change, given what the run says.
+        edits: The lines of the recipe to change, given what the run says; none where no setting repairs it.
 
     Example:
         >>> sign = Sign(reads=("train/reward",), look=lambda trace: Sighting(True, "it fell"))
-        >>> Explanation(name="fall", title="it fell", signs=(sign,), remedy="stand up", edits=lambda trace: ()).name
+        >>> Explanation(name="fall", title="it fell", signs=(sign,), remedy="stand up").name
         'fall'
     """
 
@@ -198,7 +202,7 @@ class Explanation:
     title: str
     signs: tuple[Sign, ...]
     remedy: str
-    edits: Callable[[Trace], Sequence[Edit]]
+    edits: Callable[[Trace], Sequence[Edit]] = _none
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from rlstab.monitors._causes._common import AGREEMENT
-from rlstab.monitors._diagnosis_data import Edit, Explanation, Sighting, Sign, Trace
+from rlstab.monitors._diagnosis_data import Explanation, Sighting, Sign, Trace
 
 REWARD, SPREAD, NORM = "train/reward", "train/reward_std", "train/grad_norm"
 CONSTANT = 8
@@ -42,10 +42,6 @@ def _no_gradient(trace: Trace) -> Sighting:
     return Sighting(after < 0.2 * before, f"the gradient norm fell from {before:.2g} to {after:.2g}")
 
 
-def _edits(trace: Trace) -> list[Edit]:
-    return []
-
-
 EXPLANATION = Explanation(
     name="dead_reward",
     title="A reward function has died",
@@ -60,5 +56,4 @@ EXPLANATION = Explanation(
         "Call the reward function on a recorded completion that was right before: a service that is down, a parser "
         "that gives up, or a caught exception returns the same number for everything."
     ),
-    edits=_edits,
 )

@@ -10,7 +10,7 @@ from rlstab.monitors._causes._common import (
     learning_rate,
     slower,
 )
-from rlstab.monitors._diagnosis_data import Edit, Explanation, Sighting, Sign, Trace
+from rlstab.monitors._diagnosis_data import Explanation, Sighting, Sign, Trace
 
 REWARD = "train/reward"
 
@@ -43,10 +43,6 @@ def _entropy_jumps(trace: Trace) -> Sighting:
     return Sighting(most > 1.4 * start, f"entropy rose from {start:.2g} to {most:.2g} nats/token")
 
 
-def _edits(trace: Trace) -> list[Edit]:
-    return slower(trace, 4)
-
-
 def _large(trace: Trace) -> Sighting:
     rate = learning_rate(trace)
     return Sighting(rate is not None and rate > 1e-3, f"the learning rate is {rate:g}")
@@ -66,5 +62,5 @@ EXPLANATION = Explanation(
         EVEN_GRADIENT,
     ),
     remedy="Lower the learning rate, and warm it up. Clipping the gradient does not rescue it under Adam.",
-    edits=_edits,
+    edits=lambda trace: slower(trace, 4),
 )

@@ -3,7 +3,7 @@
 import numpy as np
 
 from rlstab.monitors._causes._common import AGREEMENT, first_fall
-from rlstab.monitors._diagnosis_data import Edit, Explanation, Sighting, Sign, Trace
+from rlstab.monitors._diagnosis_data import Explanation, Sighting, Sign, Trace
 
 REWARD, LENGTH, CUT = "train/reward", "completions/mean_length", "completions/clipped_ratio"
 HELD_OUT = "eval/pass@1|eval/reward"
@@ -56,10 +56,6 @@ def _one_function_wins(trace: Trace) -> Sighting | None:
     return Sighting(end > start, f"the reward function {best} rose from {start:.3g} to {end:.3g}")
 
 
-def _edits(trace: Trace) -> list[Edit]:
-    return []
-
-
 EXPLANATION = Explanation(
     name="reward_hacking",
     title="The reward is won without doing the task",
@@ -75,5 +71,4 @@ EXPLANATION = Explanation(
         "Look at the completions with the highest rewards. Bound or drop the part of the reward that is won this way, "
         "penalise length where it drifts, and judge by a held-out score. More training makes it worse."
     ),
-    edits=_edits,
 )

@@ -1,7 +1,7 @@
 """The sampler does not take new weights at all."""
 
 from rlstab.monitors._causes import _mismatch
-from rlstab.monitors._diagnosis_data import Edit, Explanation, Sighting, Sign, Trace
+from rlstab.monitors._diagnosis_data import Explanation, Sighting, Sign, Trace
 
 K1, K3 = "mismatch/k1", _mismatch.K3
 
@@ -14,10 +14,6 @@ def _as_far_as_the_start(trace: Trace) -> Sighting:
     far, start = trace.end(K1), trace.end("drift/initial/kl")
     says = f"at the end the policy was {far:.2g} nats/token from its sampler and {start:.2g} from its start"
     return Sighting(0.4 * start < far, says)
-
-
-def _edits(trace: Trace) -> list[Edit]:
-    return []
 
 
 EXPLANATION = Explanation(
@@ -34,5 +30,4 @@ EXPLANATION = Explanation(
         "Look whether the weight sync reaches the engine: the version of its weights must rise with every update. No "
         "setting of the loss repairs this."
     ),
-    edits=_edits,
 )

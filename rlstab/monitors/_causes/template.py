@@ -1,7 +1,7 @@
 """Trainer and sampler see different prompts: another chat template, a token lost or added, another truncation."""
 
 from rlstab.monitors._causes import _mismatch
-from rlstab.monitors._diagnosis_data import Edit, Explanation, Sighting, Sign, Trace
+from rlstab.monitors._diagnosis_data import Explanation, Sighting, Sign, Trace
 
 K3 = _mismatch.K3
 
@@ -22,10 +22,6 @@ def _policy_is_better(trace: Trace) -> Sighting:
     return Sighting(own > sampled + 0.1, f"the policy scores {own:.2g} on its own, its sampler {sampled:.2g}")
 
 
-def _edits(trace: Trace) -> list[Edit]:
-    return []
-
-
 EXPLANATION = Explanation(
     name="template",
     title="Trainer and sampler see different prompts",
@@ -38,5 +34,4 @@ EXPLANATION = Explanation(
         "Compare the token ids of one prompt on both sides: chat template, special tokens at the start, truncation, "
         "system prompt. No setting of the loss repairs this."
     ),
-    edits=_edits,
 )
