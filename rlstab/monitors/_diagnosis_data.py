@@ -202,7 +202,7 @@ class Explanation:
     title: str
     signs: tuple[Sign, ...]
     remedy: str
-    edits: Callable[[Trace], Sequence[Edit]] = _none
+    edits: Callable[[Trace], Sequence[Edit]] = field(default_factory=lambda: _none)
 
 
 @dataclass(frozen=True, kw_only=True)
