@@ -13,7 +13,7 @@ collect_ignore = ["rlstab/rollouts/_vllm_worker.py"]  # holds no example, and wo
 if not find_spec("triton"):
     collect_ignore.append("rlstab/losses/_streamed_triton.py")
 if not find_spec("textual"):
-    collect_ignore.append("rlstab/report/_live.py")
+    collect_ignore.append("rlstab/report/_textual_app.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -27,6 +27,6 @@ def watch_run(folder: RunFolder) -> None:
     """
     if find_spec("textual") is None:
         raise ConfigError("the live view needs textual, which is not installed: pip install 'rlstab[watch]'")
-    from rlstab.report._live import LiveView
+    from rlstab.report._textual_app import LiveView
 
     LiveView(folder).run()

@@ -57,7 +57,7 @@ PLACES = {
     "trl": ["trainers/*"],
     "vllm": ["rollouts/vllm*.py", "rollouts/_vllm*.py"],
     "ray": ["rollouts/ray*.py", "rollouts/_ray*.py"],
-    "textual": ["report/_live.py"],
+    "textual": ["report/_textual*.py"],
     "triton": ["losses/_streamed_triton.py"],
 }
 

@@ -100,7 +100,7 @@ def test_watch_wants_a_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def on_screen(folder: RunFolder, act: Callable[[Any, Any], Any], size: tuple[int, int] = (80, 24)) -> list[str]:
     """The lines of the screen after something was done, and how often it was drawn, as the app counts."""
-    from rlstab.report._live import LiveView
+    from rlstab.report._textual_app import LiveView
 
     async def run() -> list[str]:
         app = LiveView(folder)
