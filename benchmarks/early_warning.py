@@ -103,8 +103,8 @@ def crossing(key: str, holds: Callable[[np.ndarray], np.ndarray]) -> Callable[[R
 
     def first(rows: Rows) -> int | None:
         steps, values = column(rows, key)
-        passed = np.flatnonzero(holds(values)) if len(values) else []
-        return steps[int(passed[0])] if len(passed) else None
+        passed: Sequence[int] = np.flatnonzero(holds(values)).tolist() if len(values) else []
+        return steps[passed[0]] if len(passed) else None
 
     return first
 

@@ -19,7 +19,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -184,9 +184,8 @@ def scored(
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     routers = Routers(model)
-    brought = Routes.padded(
-        [Routes(experts=r.routed_experts, valid=torch.ones(len(r.routed_experts)).bool()) for r in rollouts], mask
-    )
+    taken = [r.routed_experts for r in rollouts if r.routed_experts is not None]
+    brought = Routes.padded([Routes(experts=e, valid=torch.ones(len(e)).bool()) for e in taken], mask)
     sampler = torch.cat([rollout.logprobs for rollout in rollouts])
     own = completion_mask(rollouts, ids)
     found: dict[str, float] = {}
@@ -267,7 +266,7 @@ def cpu_seconds(work: Callable[[], Any]) -> float:
     return time.process_time() - started
 
 
-def in_turn(arms: dict[str, Callable[[], float]], rounds: int) -> dict[str, Any]:
+def in_turn(arms: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Any]:
     """Median over rounds of each arm's seconds over those of the first, which is timed twice."""
     first = next(iter(arms))
     arms = {**arms, "again": arms[first]}

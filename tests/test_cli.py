@@ -68,7 +68,14 @@ def exits(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_help_names_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
     text = exits(["--help"], capsys)
-    assert re.findall(r"^    (\w+) ", text, re.MULTILINE) == ["train", "report", "diagnose", "watch", "check", "methods"]
+    assert re.findall(r"^    (\w+) ", text, re.MULTILINE) == [
+        "train",
+        "report",
+        "diagnose",
+        "watch",
+        "check",
+        "methods",
+    ]
     assert exits(["--version"], capsys) == f"rlstab {__version__}\n"
 
 

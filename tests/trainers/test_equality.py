@@ -32,8 +32,8 @@ def test_loss_gradient_and_metrics_equal_the_hosts(name: str, tmp_path: Path) ->
     if "loss" in case.identical:
         assert ours.losses == theirs.losses
     if "gradient" in case.identical:
-        for mine, host in zip(ours.gradients, theirs.gradients, strict=True):
-            assert [key for key, gradient in host.items() if not torch.equal(mine[key], gradient)] == []
+        for found, expected in zip(ours.gradients, theirs.gradients, strict=True):
+            assert [key for key, gradient in expected.items() if not torch.equal(found[key], gradient)] == []
     distances = [gradient_distance(a, b) for a, b in zip(ours.gradients, theirs.gradients, strict=True)]
     assert max(distances) <= 1e-6, distances
     assert any(float(g.abs().max()) > 0 for g in theirs.gradients[-1].values())
