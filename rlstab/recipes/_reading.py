@@ -14,7 +14,7 @@ from rlstab.errors import RecipeError
 from rlstab.losses import Controller, Objective, Part, presets
 from rlstab.recipes._faults import argument_kinds, find_fault
 from rlstab.recipes._recipe import Recipe
-from rlstab.recipes._tree import Tree, hint, load_tree, set_value
+from rlstab.recipes._tree import Tree, flat, hint, load_tree, set_value
 from rlstab.tasks import Reward
 from rlstab.trainers import GRPOConfig
 
@@ -121,7 +121,19 @@ def read_recipe(
         recipe = Recipe(**{**vars(built), "trainer": vars(parsed.trainer)})
     except (ArgumentError, ValueError) as error:
         raise RecipeError(f"{_fault(tree) or ' '.join(str(error).split())}") from error
+    _refuse_lost_text(tree, parsed.as_dict())
     return ReadRecipe(recipe=recipe, text=parser.dump(parsed))
+
+
+def _refuse_lost_text(tree: Tree, parsed: Tree) -> None:
+    """Refuse text that the parser takes for null, since it reads strings as YAML where null is an option."""
+    read = flat(parsed)
+    for key, value in flat(tree).items():
+        if isinstance(value, str) and read.get(key, value) is None:
+            raise RecipeError(
+                f"{key}: {value!r} would be read as null; expected text that is no comment or null in YAML: in a "
+                r"pattern, write \# for a # at the start"
+            )
 
 
 def _new_output(path: Path, resume: bool) -> str:

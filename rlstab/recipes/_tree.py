@@ -14,7 +14,7 @@ Tree = dict[str, Any]
 
 CLASS_KEYS = ("class_path", "init_args")
 SHIPPED = "configs"
-MOST_LISTED, SHOWN_OF_MORE = 40, 3
+MOST_LISTED, SHOWN_OF_MORE = 60, 3
 
 
 def hint(name: object, known: Iterable[str], *, listed_by: str | None = None) -> str:
@@ -161,13 +161,18 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tu
     >>> changed_keys({"seed": 0, "trainer": {"max_steps": 5}}, {"seed": 0, "trainer": {"max_steps": 9}})
     {'trainer.max_steps': (5, 9)}
     """
-    before, after = _flat(old), _flat(new)
+    before, after = flat(old), flat(new)
     keys = dict.fromkeys([*before, *after])
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a tree by their dotted keys.
+
+    >>> flat({"seed": 0, "trainer": {"max_steps": 5}})
+    {'seed': 0, 'trainer.max_steps': 5}
+    """
+    values: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return values

@@ -19,7 +19,7 @@ from rlstab.losses import (
     presets,
 )
 from rlstab.recipes import LoRA, Recipe, TinyModel, WarmUp, read_recipe
-from rlstab.tasks import SortDigits
+from rlstab.tasks import HubTask, SortDigits
 from rlstab.trainers import Signals
 
 TEXT = """
@@ -226,7 +226,7 @@ MISTAKES = {
     "objective=gropo": (
         "objective: no Objective is called 'gropo'",
         "did you mean 'grpo'?",
-        "`rlstab methods` lists them",
+        "dapo",
     ),
     "model=tinymodel": ("model: no ModelSource is called 'tinymodel'", "did you mean 'TinyModel'?", "PretrainedModel"),
     "advantage=GrupNorm": ("advantage: no Advantage is called 'GrupNorm'", "did you mean 'GroupNorm'?"),
@@ -294,6 +294,16 @@ def test_what_a_recipe_needs(file: Path, key: str) -> None:
     file.write_text(text)
     with pytest.raises(RecipeError, match=rf"^{key}: a recipe needs it, with a class_path and its init_args$"):
         read(file)
+
+
+def test_text_that_would_be_lost_is_refused(file: Path) -> None:
+    """Where null is an option, the parser reads text as YAML, to which `#` begins a comment."""
+    hub = "task={class_path: HubTask, init_args: {dataset: d, scorer: ExactAnswer, answer_pattern: '%s'}}"
+    with pytest.raises(RecipeError, match=r"^task\.init_args\.answer_pattern: '#### \(\.\+\)' would be read as null"):
+        read(file, hub % "#### (.+)", "warmup=null")
+    task = read(file, hub % r"\#{4} (.+)", "warmup=null").task
+    assert isinstance(task, HubTask)
+    assert task.answer_pattern == r"\#{4} (.+)"
 
 
 def test_a_warm_up_needs_demonstrations(file: Path) -> None:
