@@ -66,7 +66,7 @@ test: $(VENV)/installed-dev
 	time $(BIN)/ruff format --check $(SOURCES)
 	time $(BIN)/ruff check $(SOURCES)
 	time $(BIN)/mypy $(SOURCES)
-	$(MAKE) --jobs=2 --output-sync=line test-shapes test-beside
+	$(MAKE) --jobs=2 test-shapes test-beside
 
 test-shapes: $(VENV)/installed-dev
 	time $(BIN)/pytest --shapes --durations=15 $(ARGS)
