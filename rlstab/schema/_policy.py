@@ -94,7 +94,7 @@ MISMATCH = (
     ),
     Signal(
         "mismatch/bucket/<bucket>/mean_abs",
-        "disagreement of trainer and sampler on the tokens to which the sampler gave a probability in <bucket>",
+        "disagreement of trainer and sampler on the tokens to which the sampler gave a probability in <bucket>, if any",
         formula="mean |Δ| over these tokens",
         unit="nats/token",
         direction="lower",
@@ -102,7 +102,7 @@ MISMATCH = (
     ),
     Signal(
         "mismatch/bucket/<bucket>/k3",
-        "distance of trainer and sampler on the tokens to which the sampler gave a probability in <bucket>",
+        "distance of trainer and sampler on the tokens to which the sampler gave a probability in <bucket>, if any",
         formula="mean(ρ − 1 − Δ) over these tokens",
         unit="nats/token",
         direction="lower",

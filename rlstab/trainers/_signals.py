@@ -70,6 +70,16 @@ POSITIONS_PER_ROW = 4
 ROW_KEYS = ("tool_mask", "rlstab_group", "rlstab_rewards")
 TOKENS, K3 = MISMATCH_COLUMNS.index("tokens"), MISMATCH_COLUMNS.index("k3")
 DRIFT = ExactDivergence(ReverseKL(), "reference")
+BUCKETS = "mismatch/bucket/"
+
+
+def is_empty(key: str, value: float) -> bool:
+    """Whether a number is the mean of a bucket without tokens, which is not logged; any other NaN is a fault to see.
+
+    >>> is_empty("mismatch/bucket/0-0.001/k3", math.nan), is_empty("mismatch/k3", math.nan)
+    (True, False)
+    """
+    return key.startswith(BUCKETS) and math.isnan(value)
 
 
 class Mismatch:

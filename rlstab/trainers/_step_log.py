@@ -10,7 +10,8 @@ from torch import Tensor
 
 from rlstab.losses import Max, Metric
 from rlstab.trainers._host_metrics import HostNames, by_term
-from rlstab.trainers._log import MetricLog
+from rlstab.trainers._log import MetricLog, Series
+from rlstab.trainers._signals import BUCKETS, is_empty
 from rlstab.trainers._skip import leave_out_infinite
 
 __all__ = ["StepLog"]
@@ -100,7 +101,7 @@ class StepLog:
         measured, numbers = self._on_device.collect(), self._numbers
         objective = self._trainer.objective
         self._extend("train", self._host_names.values(objective, measured, self._accumulation))
-        columns: dict[str, dict[int, float]] = {key: series.by_step for key, series in measured.items()}
+        columns = _by_step(measured)
         columns |= {key: columns[own] for own, key in self._of_policy.items() if own in columns}
         applied = {name: float(term.coefficient) for name, term in objective.terms.items()}
         overflows = [columns[key] for key in self._overflows if key in columns]
@@ -127,3 +128,13 @@ class StepLog:
     def _extend(self, mode: str, values: Mapping[str, Iterable[float]]) -> None:
         for key, several in values.items():
             self._trainer._metrics[mode][key].extend(several)
+
+
+def _by_step(measured: Mapping[str, Series]) -> dict[str, dict[int, float]]:
+    """Numbers by key and step; a bucket that was empty at every step has none."""
+    found = {key: series.by_step for key, series in measured.items()}
+    for key in [key for key in found if key.startswith(BUCKETS)]:
+        known = {step: value for step, value in found.pop(key).items() if not is_empty(key, value)}
+        if known:
+            found[key] = known
+    return found

@@ -207,8 +207,9 @@ class Watch(TrainerCallback, ExportableState, StepReader):
     def _look(self, step: int, values: Mapping[str, float], args: Any, *, open_step: bool = True) -> bool:
         """Let the rules see the numbers; whether the step is to be left out, which one that is over cannot be."""
         observed = self.monitor.observe(step, values)
+        causes = self._causes() if any(alarm.change != "cleared" for alarm in observed.alarms) else []
         for alarm in observed.alarms:
-            self._announce(alarm, args)
+            self._announce(alarm, causes if alarm.change != "cleared" else [], args)
         skips = [item for item in observed.due if isinstance(item.action, SkipStep)]
         self._due += [item for item in observed.due if not isinstance(item.action, SkipStep)]
         if skips and open_step:
@@ -227,12 +228,11 @@ class Watch(TrainerCallback, ExportableState, StepReader):
 
     # ------------------------------------------------------------------ alarms and actions
 
-    def _announce(self, alarm: Alarm, args: Any) -> None:
+    def _announce(self, alarm: Alarm, causes: Sequence[str], args: Any) -> None:
         """Say what is out of order and, where a run folder tells what came before, the causes that fit."""
         self.alarms.append(alarm)
         over = alarm.change == "cleared"
-        causes = [] if over else self._causes()
-        self._event("alarm", alarm.step, **alarm.fields(), causes=causes)
+        self._event("alarm", alarm.step, **alarm.fields(), causes=list(causes))
         self._say(logging.INFO if over else LEVELS[alarm.severity], "\n  ".join([str(alarm), *causes]))
         if self._main and not over:
             alert_trackers(alarm, causes, list(args.report_to))

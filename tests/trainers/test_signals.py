@@ -249,8 +249,11 @@ def test_mismatch_is_what_sums_by_hand_say(schedule: dict[str, int], tmp_path: P
     for i, row in enumerate(rows_of(folder)):
         expected = mismatch_by_hand(policy.seen[i * accumulation : (i + 1) * accumulation])
         measured = {key: value for key, value in row.items() if key.startswith("mismatch/")}
-        shares = [measured.pop(key) for key in list(measured) if key.startswith("mismatch/bucket/") and "share" in key]
-        assert sum(shares) == pytest.approx(1.0)
+        buckets = {key: measured.pop(key) for key in list(measured) if key.startswith("mismatch/bucket/")}
+        shares = {key.removesuffix("/share"): share for key, share in buckets.items() if key.endswith("/share")}
+        assert sum(shares.values()) == pytest.approx(1.0)
+        assert 0.0 in shares.values()
+        assert {key.rpartition("/")[0] for key in buckets if key.endswith("/k3")} == {k for k, v in shares.items() if v}
         measured = {key: value for key, value in measured.items() if key in expected}
         assert measured == pytest.approx(expected, rel=1e-4, abs=1e-6, nan_ok=True)
         assert measured["mismatch/unscored"] > 0
