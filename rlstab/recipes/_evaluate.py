@@ -268,6 +268,13 @@ def _sample(
     return sequences[:, encoded["input_ids"].shape[1] :], torch.stack(recorder.steps, dim=1)
 
 
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: list[Any]) -> list[list[int]]:
+    """Ids of plain or conversational prompts."""
+    if isinstance(prompts[0], str):
+        return cast(list[list[int]], tokenizer(prompts)["input_ids"])
+    return cast(list[list[int]], tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=False))
+
+
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Any]) -> Mapping[str, Tensor]:
     """Ids and attention mask of plain or conversational prompts, padded on the left."""
     if isinstance(prompts[0], str):

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlstab.errors import ConfigError
-from rlstab.models import tiny_causal_lm, tiny_moe, tiny_tokenizer
+from rlstab.models import tiny_causal_lm, tiny_chat_tokenizer, tiny_moe, tiny_tokenizer
 from rlstab.tasks import EmbeddedTask, Task
 
 __all__ = ["LoRA", "LoadedModel", "ModelSource", "PretrainedModel", "TinyModel"]
@@ -72,6 +72,7 @@ class TinyModel(ModelSource):
         heads: number of attention heads.
         experts: number of experts of each block, two of which see a token; none for a dense model.
         max_positions: longest prompt and completion together, in tokens.
+        chat: whether it takes conversations, calls of tools among them (`rlstab.models.tiny_chat_tokenizer`).
     """
 
     hidden: int = 64
@@ -79,6 +80,7 @@ class TinyModel(ModelSource):
     heads: int = 4
     experts: int | None = None
     max_positions: int = 256
+    chat: bool = False
 
     def load(self, task: Task, *, seed: int) -> LoadedModel:
         """Build tokenizer and model.
@@ -96,7 +98,7 @@ class TinyModel(ModelSource):
                 f"model: TinyModel knows the characters of embedded tasks only, not those of {type(task).__name__}; "
                 "use PretrainedModel"
             )
-        tokenizer = tiny_tokenizer(task.alphabet)
+        tokenizer = tiny_chat_tokenizer(task.alphabet) if self.chat else tiny_tokenizer(task.alphabet)
         sizes: dict[str, Any] = {
             "hidden": self.hidden,
             "layers": self.layers,

@@ -16,7 +16,7 @@ from rlstab.recipes._bases import load_recipe
 from rlstab.recipes._faults import argument_kinds, find_fault
 from rlstab.recipes._recipe import Recipe
 from rlstab.recipes._tree import Tree, flat, hint, set_value
-from rlstab.tasks import Reward
+from rlstab.tasks import EmbeddedTask, Reward
 from rlstab.trainers import GRPOConfig
 
 __all__ = ["ReadRecipe", "read_recipe", "recipe_parser"]
@@ -65,7 +65,7 @@ def recipe_parser() -> ArgumentParser:
         (4096, 8)
     """
     set_parsing_settings(
-        subclasses_enabled=[Part, Objective, Controller, Reward], instantiate_subclass_spec_in_any=False
+        subclasses_enabled=[Part, Objective, Controller, Reward, EmbeddedTask], instantiate_subclass_spec_in_any=False
     )
     parser = ArgumentParser(
         prog="rlstab train RECIPE.yaml",

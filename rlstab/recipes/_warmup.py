@@ -1,7 +1,8 @@
 """Supervised warm-up: teach a model the format of a task, and most of the skill, from demonstrations."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlstab.errors import ConfigError
 from rlstab.models import isolated_rng
+from rlstab.recipes._evaluate import prompt_ids
 from rlstab.tasks import EmbeddedTask
 
 __all__ = ["WarmUp", "warm_up"]
@@ -120,11 +122,9 @@ def warm_up(
     return losses
 
 
-def _encode(
-    prompts: Sequence[str], completions: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Tensor]:
+def _encode(prompts: list[Any], completions: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
     ids, labels = [], []
-    encoded = zip(tokenizer(list(prompts))["input_ids"], tokenizer(list(completions))["input_ids"], strict=True)
+    encoded = zip(prompt_ids(tokenizer, prompts), tokenizer(completions)["input_ids"], strict=True)
     for prompt, completion in encoded:
         answer = [*completion, tokenizer.eos_token_id]
         ids.append(torch.tensor([*prompt, *answer]))

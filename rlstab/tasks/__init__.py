@@ -6,6 +6,7 @@ from rlstab.tasks._bleu import BLEU
 from rlstab.tasks._code import UnitTests
 from rlstab.tasks._combined import Gated, Product, Refined, Stage, Stepped
 from rlstab.tasks._countdown import Countdown
+from rlstab.tasks._dialogue import Dialogue
 from rlstab.tasks._difficulty_rewards import DifficultyTag, EasyLength
 from rlstab.tasks._format_rewards import Accuracy, MatchesPattern, TagFormat
 from rlstab.tasks._function import FunctionReward
@@ -33,6 +34,7 @@ __all__ = [
     "Correct",
     "CosineLength",
     "Countdown",
+    "Dialogue",
     "DifficultyTag",
     "EasyLength",
     "EmbeddedTask",

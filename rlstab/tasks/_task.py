@@ -311,7 +311,7 @@ class EmbeddedTask(Task):
         if not 0.0 <= noise <= 1.0:
             raise ConfigError(f"task {self.name}: noise {noise}; expected a probability between 0 and 1")
         return [
-            _with_one_wrong_digit(problem.solution, rng) if rng.random() < noise else problem.solution
+            with_one_wrong_digit(problem.solution, rng) if rng.random() < noise else problem.solution
             for problem in problems
         ]
 
@@ -334,7 +334,7 @@ class EmbeddedTask(Task):
         return problems
 
 
-def _with_one_wrong_digit(solution: str, rng: random.Random) -> str:
+def with_one_wrong_digit(solution: str, rng: random.Random) -> str:
     position = rng.choice([index for index, char in enumerate(solution) if char in DIGITS])
     wrong = rng.choice([digit for digit in DIGITS if digit != solution[position]])
     return solution[:position] + wrong + solution[position + 1 :]

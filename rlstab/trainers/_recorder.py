@@ -29,6 +29,8 @@ HOST_KEYS = {
     "rollout/guided": "rollout/guided",
     "rollout/prefix_share": "rollout/prefix_share",
     "demonstrations/empty": "demonstrations/empty",
+    "tools/call_frequency": "tools/call_frequency",
+    "tools/failure_frequency": "tools/failure_frequency",
     "completions/mean_length": "completions/mean_length",
     "completions/clipped_ratio": "completions/clipped_ratio",
 }
