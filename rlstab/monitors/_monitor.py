@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlstab.errors import ConfigError
-from rlstab.monitors._actions import Note
+from rlstab.monitors._actions import Note, RollBack, SkipStep, Stop
 from rlstab.monitors._alarm import Alarm, Change, Due, Evidence, Observed
 from rlstab.monitors._checks import check
 from rlstab.monitors._detectors import Reading, Tracker
@@ -31,12 +31,13 @@ class Monitor:
 
     All rules that chance could raise share one budget of false alarms: with more of them at work the limits of each are
     further out. Rules of one cause make one alarm. It opens with the first rule raised, escalates when a worse rule is
-    raised, and is over when none has been raised for `cooldown` steps.
+    raised, and is over when none has been raised for `cooldown` steps. A rule asks for its action once, and again only
+    after it has been calm for as long itself, whatever keeps the alarm open.
 
     Args:
         rules: what is watched; default: `default_rules()`.
         budget: false alarms per 1000 steps that all statistical rules together may give.
-        cooldown: steps without a raised rule after which an alarm is over.
+        cooldown: calm steps after which an alarm is over, and after which a rule may ask for its action again.
 
     Raises:
         ConfigError: a number is out of its range.
@@ -56,6 +57,7 @@ class Monitor:
         self._budget, self._cooldown = budget, cooldown
         self._trackers: list[Tracker] = [rule.detector.track() for rule in self._rules]
         self._seen = [False] * len(self._rules)
+        self._last: list[int | None] = [None] * len(self._rules)
         self._open: dict[str, _Open] = {}
 
     @property
@@ -65,8 +67,13 @@ class Monitor:
 
     @property
     def healthy(self) -> bool:
-        """Whether no alarm above a note is open."""
-        return all(alarm.severity == 0 for alarm in self._open.values())
+        """Whether the weights are worth keeping: no rule is raised that skips steps, goes back or stops.
+
+        A warning may stay open for the rest of a run and says nothing against a snapshot.
+        """
+        condemning = (SkipStep, RollBack, Stop)
+        pairs = zip(self._rules, self._trackers, strict=True)
+        return not any(tracker.raised and isinstance(rule.action, condemning) for rule, tracker in pairs)
 
     def observe(self, step: int, values: Mapping[str, float]) -> Observed:
         """Take signals of a step; a step's signals may come in several calls, each signal once.
@@ -107,26 +114,31 @@ class Monitor:
         known = self._open.get(rule.cause)
         alarm = known or _Open(since=since, severity=severity, last=step)
         self._open[rule.cause] = alarm
+        evidence = Evidence(signal=rule.signal, since=since, finding=reading.evidence)
         if i not in alarm.rules:
             alarm.rules.append(i)
-            alarm.evidence.append(Evidence(signal=rule.signal, since=since, finding=reading.evidence))
+            alarm.evidence.append(evidence)
+        elif alarm.evidence[alarm.rules.index(i)].since != since:  # it was calm, and is raised anew
+            alarm.evidence[alarm.rules.index(i)] = evidence
         alarm.since, worse = min(alarm.since, since), severity > alarm.severity
         alarm.severity = max(alarm.severity, severity)
         return "opened" if known is None else "escalated" if worse else None
 
     def _once(self, step: int) -> list[Due]:
-        """The actions that are taken once per alarm, where enough families agree."""
+        """The actions that are taken once, where enough families agree; each counts from what its own rule found."""
         due: list[Due] = []
         raised = [i for i, tracker in enumerate(self._trackers) if tracker.raised]
         for i in raised:
             rule, alarm = self._rules[i], self._open[self._rules[i].cause]
-            alarm.last = step
+            alarm.last, last, self._last[i] = step, self._last[i], step
+            if i in alarm.taken and last is not None and step - last >= self._cooldown:
+                alarm.taken.remove(i)
             families = {self._rules[j].family for j in raised if self._rules[j].cause == rule.cause}
             if i in alarm.taken or rule.action.urgent or len(families) < rule.agreement:
                 continue
             alarm.taken.append(i)
             found = alarm.evidence[alarm.rules.index(i)]
-            due.append(Due(action=rule.action, rule=rule, since=alarm.since, finding=str(found)))
+            due.append(Due(action=rule.action, rule=rule, since=found.since, finding=str(found)))
         return [item for item in due if not isinstance(item.action, Note)]
 
     def _over(self, step: int) -> list[Alarm]:
@@ -158,6 +170,7 @@ class Monitor:
             "rules": [repr(rule) for rule in self._rules],
             "trackers": [tracker.state_dict() for tracker in self._trackers],
             "seen": list(self._seen),
+            "last": list(self._last),
             "open": deepcopy(alarms),
         }
 
@@ -176,7 +189,7 @@ class Monitor:
             )
         for tracker, saved in zip(self._trackers, state["trackers"], strict=True):
             tracker.load_state_dict(saved)
-        self._seen = list(state["seen"])
+        self._seen, self._last = list(state["seen"]), list(state["last"])
         self._open = {
             cause: _Open(**{**deepcopy(dict(saved)), "evidence": [Evidence(**item) for item in saved["evidence"]]})
             for cause, saved in state["open"].items()

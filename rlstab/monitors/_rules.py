@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from rlstab.monitors._actions import Action, Note, RollBack, SkipStep
+from rlstab.monitors._actions import Action, Note, RollBack, Scale, SkipStep
 from rlstab.monitors._checks import check
 from rlstab.monitors._detectors import Detector, Level, NonFinite
 from rlstab.monitors._fall import Fall
@@ -111,7 +111,8 @@ def default_rules(*, act: bool = False) -> tuple[Rule, ...]:
     """The rules of a run about which nothing is known.
 
     Args:
-        act: skip steps that are not finite or far out, and go back where a collapse has begun; else every rule notes.
+        act: skip steps that are not finite or far out, halve the learning rate where the policy runs away, and go back
+            where a collapse has begun; else every rule notes.
 
     Returns:
         Rules by rising severity within each cause.
@@ -120,11 +121,19 @@ def default_rules(*, act: bool = False) -> tuple[Rule, ...]:
     {Note()}
     """
     skip: Action = SkipStep() if act else Note()
+    slow: Action = Scale() if act else Note()
     back: Action = RollBack() if act else Note()
-    return (*_of_numbers(skip), *_of_mismatch(back), *_of_drift(), *_of_policy(back), *_of_completions(), *_of_model())
+    return (
+        *_of_numbers(skip, back),
+        *_of_mismatch(back),
+        *_of_drift(slow, back),
+        *_of_policy(back),
+        *_of_completions(),
+        *_of_model(),
+    )
 
 
-def _of_numbers(skip: Action) -> Sequence[Rule]:
+def _of_numbers(skip: Action, back: Action) -> Sequence[Rule]:
     norm = Spike(scale="log", floor=1e-6, least_spread=0.1)
     return (
         Rule(signal="step/loss", detector=NonFinite(), severity="critical", action=skip, cause="numerics"),
@@ -133,6 +142,13 @@ def _of_numbers(skip: Action) -> Sequence[Rule]:
             detector=Level(above=0.0, steps=1),
             severity="critical",
             action=skip,
+            cause="numerics",
+        ),
+        Rule(
+            signal="step/bad_gradients",
+            detector=Level(above=0.0, steps=5),
+            severity="critical",
+            action=back,
             cause="numerics",
         ),
         Rule(signal="train/grad_norm", detector=NonFinite(), severity="critical", cause="numerics"),
@@ -154,11 +170,12 @@ def _of_mismatch(back: Action) -> Sequence[Rule]:
     )
 
 
-def _of_drift() -> Sequence[Rule]:
+def _of_drift(slow: Action, back: Action) -> Sequence[Rule]:
+    far = Level(above=1.0, clear=0.5, steps=2)
     return (
         Rule(signal="drift/initial/kl", detector=Level(above=0.25, clear=0.2, steps=2)),
-        Rule(signal="drift/initial/kl", detector=Level(above=0.5, clear=0.3, steps=1)),
-        Rule(signal="drift/initial/kl", detector=Level(above=1.0, clear=0.5, steps=2), severity="critical"),
+        Rule(signal="drift/initial/kl", detector=Level(above=0.5, clear=0.3, steps=1), action=slow),
+        Rule(signal="drift/initial/kl", detector=far, severity="critical", action=back),
     )
 
 
@@ -169,7 +186,9 @@ def _of_policy(back: Action) -> Sequence[Rule]:
         Rule(signal="policy/entropy", detector=Level(above=0.5, growth=2.0, steps=5), cause="exploration"),
         Rule(signal="train/frac_reward_zero_std", detector=Level(above=0.8, clear=0.7, steps=10), cause="saturation"),
         Rule(signal="train/reward", detector=sinking, cause="reward"),
-        Rule(signal="train/reward", detector=Fall(), severity="critical", action=back, cause="reward"),
+        Rule(
+            signal="train/reward", detector=Fall(window=10, noise=5.0), severity="critical", action=back, cause="reward"
+        ),
     )
 
 

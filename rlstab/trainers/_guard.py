@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,17 +27,24 @@ class Guard:
     """How a run is guarded: snapshots while it is healthy, and going back to one when a rule asks for it.
 
     Going back restores, in place, the trained weights and buffers, the optimizer, the learning-rate schedule, the
-    controllers of the objective, the detectors and the generators of random numbers. The data and the step count go
-    forward, so that the batch that did the harm is not met again; rollouts in use or begun ahead of time are dropped,
-    and the sampler gets the restored weights, verified as at every sync, before it samples again.
+    controllers of the objective, references that have moved, the detectors and the generators of random numbers. The
+    data and the step count go forward, so that the batch that did the harm is not met again; rollouts in use or begun
+    ahead of time are dropped, and the sampler gets the restored weights, verified as at every sync, before it samples
+    again.
+
+    A snapshot is taken unless a rule is raised that skips steps, goes back or stops; a warning alone, which may stay
+    open for long, does not keep one from being taken. The best one stays, however old it is: by held-out scores where
+    they are known, else by the mean reward since the snapshot before. A rule that asks for going back says since when
+    its signal is out of order, and the newest snapshot from before that is restored.
 
     The ring of snapshots and the number of rollbacks left are part of every checkpoint. Where FSDP2 spreads the weights
     over ranks, each rank keeps its own shards.
 
     Args:
         every: optimizer steps between snapshots.
-        keep: snapshots kept, the newest ones; each takes the memory of the trained weights and the optimizer.
-        most: how often a run may go back; when a rule asks once more, the run is stopped.
+        keep: snapshots kept, the best one and the newest ones; each takes the memory of the trained weights, the
+            optimizer and references that have moved.
+        most: how often a run may go back and on; when a rule asks once more, it goes back and is stopped there.
         folder: where snapshots are kept instead of the CPU's memory, one file per process and snapshot; a file is whole
             or absent, whenever the process is killed. Those of an earlier run or attempt are removed.
         checkpoints: write the ring into checkpoints; without, a resumed run begins with a ring of its own.
@@ -45,11 +53,11 @@ class Guard:
         ConfigError: a number is below 1.
 
     >>> Guard(every=10).keep
-    3
+    4
     """
 
     every: int = 25
-    keep: int = 3
+    keep: int = 4
     most: int = 3
     folder: str | Path | None = None
     checkpoints: bool = True
@@ -66,7 +74,7 @@ class Snapshot:
 
     Args:
         step: the step.
-        tensors: by name: `weights/NAME`, `moments/GROUP/PLACE/KEY`, `generator/NAME`.
+        tensors: by name: `weights/NAME`, `moments/GROUP/PLACE/KEY`, `generator/NAME`, `beside/NAME`.
         values: made of JSON's types: settings of the optimizer, the schedule, generators, and what else belongs to it.
     """
 
@@ -80,9 +88,28 @@ class Snapshot:
         extra: dict[str, Any] = self.values["extra"]
         return extra
 
+    @property
+    def beside(self) -> dict[str, Tensor]:
+        """The tensors that the caller of `take` added."""
+        return _under("beside/", self.tensors)
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """How good the policy was, by schema key."""
+        return dict(self.values["scores"])
+
 
 @torch.no_grad()
-def take(step: int, model: nn.Module, optimizer: Optimizer, scheduler: Any, extra: Mapping[str, Any]) -> Snapshot:
+def take(
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: Any,
+    extra: Mapping[str, Any],
+    *,
+    beside: Mapping[str, Tensor] = MappingProxyType({}),
+    scores: Mapping[str, float] = MappingProxyType({}),
+) -> Snapshot:
     """Copy the state of a run.
 
     Args:
@@ -91,6 +118,8 @@ def take(step: int, model: nn.Module, optimizer: Optimizer, scheduler: Any, extr
         optimizer: its moments and settings.
         scheduler: of the learning rate.
         extra: further state, made of JSON's types.
+        beside: further tensors, on the CPU, that nobody writes to any more.
+        scores: how good the policy is, by schema key.
     """
     tensors = {f"weights/{name}": tensor for name, tensor in _state_tensors(model).items()}
     moments = {f"moments/{place}/{key}": value for place, key, value in _moments(optimizer)}
@@ -103,12 +132,11 @@ def take(step: int, model: nn.Module, optimizer: Optimizer, scheduler: Any, extr
         "scheduler": scheduler.state_dict(),
         "python": random.getstate(),
         "extra": dict(extra),
+        "scores": dict(scores),
     }
-    return Snapshot(
-        step=step,
-        tensors={name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()},
-        values=copy.deepcopy(values),
-    )
+    held = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+    held |= {f"beside/{name}": tensor for name, tensor in beside.items()}
+    return Snapshot(step=step, tensors=held, values=copy.deepcopy(values))
 
 
 @torch.no_grad()

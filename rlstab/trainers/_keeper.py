@@ -11,9 +11,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from rlstab.errors import ConfigError
+from rlstab.trainers._belongings import belongings_of, put_back
 from rlstab.trainers._grpo import StableGRPOTrainer
 from rlstab.trainers._guard import Guard, Snapshot, restore, take
 from rlstab.trainers._ring import Ring
+from rlstab.trainers._standing import Standing
 from rlstab.trainers._watch_host import GeneratingTrainer
 
 __all__ = ["Keeper", "Run", "check_sharding"]
@@ -43,6 +45,7 @@ class Keeper:
     def __init__(self, guard: Guard | None) -> None:
         self._guard = guard
         self.ring = Ring(1)
+        self.standing = Standing()
         self.rollbacks = 0
         self._resumed: str | None = None
         self._ranks = 1
@@ -69,18 +72,22 @@ class Keeper:
         """Whether a snapshot is due, if the run is healthy."""
         return self._guard is not None and step % self._guard.every == 0
 
-    def keep(self, step: int, run: Run, extra: Mapping[str, Any]) -> None:
-        """Take a snapshot."""
+    def keep(self, step: int, run: Run, trainer: Any, extra: Mapping[str, Any]) -> None:
+        """Take a snapshot; of a trainer that is attached to, with what else belongs to it."""
         if self._guard is not None:
-            self.ring.add(take(step, run.model, run.optimizer, run.scheduler, extra))
+            beside, values = belongings_of(trainer)
+            held = {**extra, **values}
+            scores = self.standing.take()
+            parts = (run.model, run.optimizer, run.scheduler)
+            self.ring.add(take(step, *parts, held, beside=beside, scores=scores))
 
     @property
     def used_up(self) -> bool:
         """Whether the run may not go back once more."""
         return self._guard is None or self.rollbacks >= self._guard.most
 
-    def go_back(self, before: int, run: Run) -> Snapshot:
-        """Bring weights, optimizer, schedule and random numbers back to before a step, on all ranks alike.
+    def go_back(self, before: int, run: Run, trainer: Any) -> Snapshot:
+        """Bring weights, optimizer, schedule, random numbers and belongings back to before a step, on all ranks alike.
 
         Raises:
             ConfigError: the ranks do not hold the same snapshots.
@@ -96,6 +103,8 @@ class Keeper:
                     "are not of one run, resume all processes from the same checkpoint"
                 )
         restore(snapshot, run.model, run.optimizer, run.scheduler)
+        put_back(trainer, snapshot)
+        self.standing.take()  # what the policy that is gone has shown
         return snapshot
 
 

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from rlstab.errors import ConfigError, RecordError
 from rlstab.trainers._guard import Snapshot
+from rlstab.trainers._standing import best_of
 
 __all__ = ["Ring"]
 
@@ -28,16 +31,25 @@ class _Entry:
 
     step: int
     held: Snapshot | Path
+    scores: Mapping[str, float]
+
+    @classmethod
+    def of(cls, held: Snapshot | Path) -> Self:
+        """An entry for a snapshot or for the file of one."""
+        if isinstance(held, Snapshot):
+            return cls(held.step, held, held.scores)
+        values = _values(held)
+        return cls(values["step"], held, values["scores"])
 
     def load(self) -> Snapshot:
         return read(self.held) if isinstance(self.held, Path) else self.held
 
 
 class Ring:
-    """The newest snapshots of a healthy run, of one rank.
+    """The best and the newest snapshots of a healthy run, of one rank.
 
     Args:
-        keep: how many.
+        keep: how many; a single one is the newest.
         folder: where files are kept; None for the CPU's memory.
         rank: which process this is.
     """
@@ -53,15 +65,18 @@ class Ring:
         return [entry.step for entry in self._entries]
 
     def add(self, snapshot: Snapshot) -> None:
-        """Keep one more, and let the oldest go."""
+        """Keep one more; where that is one too many, the oldest goes that is not the best."""
         held: Snapshot | Path = snapshot
         if self._folder is not None:
             held = self._folder / self._name(snapshot.step)
             write(snapshot, held)
         same = [entry for entry in self._entries if entry.step != snapshot.step]
-        entries = [*same, _Entry(snapshot.step, held)]
-        self._entries = entries[-self._keep :]
-        _remove(entries[: -self._keep])
+        entries = [*same, _Entry(snapshot.step, held, snapshot.scores)]
+        goes = entries[:1] if len(entries) > self._keep else []
+        if goes and self._keep > 1 and best_of([entry.scores for entry in entries]) == 0:
+            goes = entries[1:2]
+        self._entries = [entry for entry in entries if entry not in goes]
+        _remove(goes)
 
     def before(self, step: int) -> Snapshot:
         """Take out the newest snapshot from before a step, and those after it: who comes again goes further back.
@@ -99,13 +114,13 @@ class Ring:
                 path.unlink()
         saved = self._files(Path(checkpoint) / IN_CHECKPOINT) if checkpoint is not None else []
         self._entries = []
-        for path in saved[-self._keep :]:
-            if self._folder is None:
-                snapshot = read(path)
-                self._entries.append(_Entry(snapshot.step, snapshot))
-            else:
-                _link(path, self._folder / path.name)
-                self._entries.append(_Entry(int(path.name[5:13]), self._folder / path.name))
+        for path in saved:
+            held: Snapshot | Path = read(path) if self._folder is None else self._folder / path.name
+            if isinstance(held, Path):
+                _link(path, held)
+            self._entries.append(_Entry.of(held))
+        _remove(self._entries[: -self._keep])  # a ring that was larger
+        self._entries = self._entries[-self._keep :]
         return bool(saved)
 
     def _name(self, step: int) -> str:
@@ -143,13 +158,27 @@ def read(path: Path) -> Snapshot:
     Raises:
         RecordError: it is not whole.
     """
+    values = _values(path)
     try:
         with safe_open(path, framework="pt") as file:
-            values = json.loads(file.metadata()[VALUES])
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise RecordError(f"{path} cannot be read ({error}): resume from an older checkpoint") from error
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from error
     return Snapshot(step=values.pop("step"), tensors=tensors, values=values)
+
+
+def _values(path: Path) -> dict[str, Any]:
+    """What a file says beside its tensors."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            values: dict[str, Any] = json.loads(file.metadata()[VALUES])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    return values
+
+
+def _unreadable(path: Path, error: Exception) -> RecordError:
+    return RecordError(f"{path} cannot be read ({error}): resume from an older checkpoint")
 
 
 def _link(source: Path, target: Path) -> None:

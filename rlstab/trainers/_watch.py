@@ -142,6 +142,7 @@ class Watch(TrainerCallback, ExportableState, StepReader):
         assert self._scaling is not None
         self.monitor.load_state_dict(saved["monitor"])
         self._keeper.rollbacks = saved["rollbacks"]
+        self._keeper.standing.load_state_dict(saved["standing"])
         products = saved["products"]
         self._scaling.products = {target: value for target, value in products.items() if target == "learning_rate"}
         self._scaling.turn(products)
@@ -152,6 +153,7 @@ class Watch(TrainerCallback, ExportableState, StepReader):
         held = {
             "monitor": self.monitor.state_dict(),
             "rollbacks": self._keeper.rollbacks,
+            "standing": self._keeper.standing.state_dict(),
             "products": dict(self._scaling.products) if self._scaling is not None else {},
             "signals": self._measuring.state_dict(),
         }
@@ -208,6 +210,7 @@ class Watch(TrainerCallback, ExportableState, StepReader):
         """Let the rules see the numbers; whether the step is to be left out, which one that is over cannot be."""
         observed = self.monitor.observe(step, values)
         causes = self._causes() if any(alarm.change != "cleared" for alarm in observed.alarms) else []
+        self._keeper.standing.observe(values)
         for alarm in observed.alarms:
             self._announce(alarm, causes if alarm.change != "cleared" else [], args)
         skips = [item for item in observed.due if isinstance(item.action, SkipStep)]
@@ -268,34 +271,28 @@ class Watch(TrainerCallback, ExportableState, StepReader):
         self._say(logging.ERROR, f"step {step}: the run is stopped: {reason}")
 
     def _roll_back(self, due: Due, step: int, remedy: Scale | None, run: Run) -> None:
-        """Go back to before the evidence began, apply the remedy, and let the data go on."""
+        """Go back to before the evidence began, apply the remedy, and let the data go on; or stop there."""
         assert self._scaling is not None
-        if self._keeper.used_up:
-            reason = f"{due.finding}, after {self._keeper.rollbacks} rollbacks (Guard.most)"
-            self._stop(step, True, reason, run.control)
-            return
+        last = self._keeper.used_up
         products = dict(self._scaling.products)
-        snapshot = self._keeper.go_back(due.since - 1, run)  # what a step measures, the update before it has done
+        snapshot = self._keeper.go_back(due.since - 1, run, self._trainer)  # what a step measures came before it
         self._scaling.products = dict(snapshot.extra["products"])
         self.monitor.load_state_dict(snapshot.extra["monitor"])
         self._measuring.load_state_dict(snapshot.extra["signals"])
-        if isinstance(self._trainer, StableGRPOTrainer):
-            self._trainer.objective.load_state_dict(snapshot.extra["objective"])
         drop_rollouts(self._trainer)
         self._scaling.turn(products)
-        if remedy is not None:
+        if remedy is not None and not last:
             self._scaling.apply(remedy)
         self._due = []
         self._event("rolled_back", step, to=snapshot.step, reason=due.finding, products=dict(self._scaling.products))
         self._say(logging.ERROR, f"step {step}: back to the weights of step {snapshot.step}: {due.finding}")
+        if last:
+            reason = f"{due.finding}, after {self._keeper.rollbacks - 1} rollbacks (Guard.most)"
+            self._stop(step, True, reason, run.control)
 
     def _snapshot(self, step: int, run: Run) -> None:
-        if self._guard is None:
-            return
-        extra = {**self.state()["watch"]}
-        if isinstance(self._trainer, StableGRPOTrainer):
-            extra["objective"] = self._trainer.objective.state_dict()
-        self._keeper.keep(step, run, extra)
+        if self._guard is not None:
+            self._keeper.keep(step, run, self._trainer, self.state()["watch"])
 
     # ------------------------------------------------------------------ what is left behind
 

@@ -106,13 +106,34 @@ def test_signals_of_a_step_may_come_apart() -> None:
     monitor = Monitor(rules)
     assert monitor.observe(1, {"train/grad_norm": math.inf}).alarms[0].cause == "numerics"
     assert monitor.observe(1, {K3: 0.4}).alarms[0].cause == "mismatch"
-    assert not monitor.healthy
 
 
-def test_a_note_leaves_the_run_healthy() -> None:
-    monitor = Monitor([Rule(signal=K3, detector=Level(above=0.2, steps=1), severity="note")])
-    assert monitor.observe(1, {K3: 0.4}).alarms
-    assert monitor.healthy
+def test_only_what_condemns_the_weights_makes_a_run_unhealthy() -> None:
+    """A warning that stays open is no reason to keep no snapshot; a rule that goes back, stops or skips is."""
+    for action, healthy in ((Note(), True), (Scale(), True), (RollBack(), False), (Stop(), False), (SkipStep(), False)):
+        rule = Rule(signal=K3, detector=Level(above=0.2, steps=1), severity="critical", action=action)
+        monitor = Monitor([rule])
+        assert monitor.observe(1, {K3: 0.4}).alarms
+        assert monitor.healthy == healthy, action
+        monitor.observe(2, {K3: 0.1})
+        assert monitor.healthy
+
+
+def test_an_action_counts_from_what_its_own_rule_found() -> None:
+    """A warning of the same cause that has been open for long says nothing about when the harm began."""
+    found = observed(Monitor([WARN, CRITICAL]), [{K3: 0.3 if step < 200 else 0.6} for step in range(1, 202)])
+    (due,) = found[199].due
+    assert (due.since, found[199].alarms[0].since) == (200, 1)
+    assert "since step 200" in due.finding
+    assert found[200].due == ()
+
+
+def test_a_rule_may_ask_again_once_it_has_been_calm_though_another_keeps_the_alarm_open() -> None:
+    values = [0.6, *[0.3] * 3, 0.6, *[0.3] * 5, 0.6, 0.6]
+    found = observed(Monitor([WARN, CRITICAL], cooldown=5), [{K3: value} for value in values])
+    assert [step for step, seen in enumerate(found, 1) if seen.due] == [1, 11]
+    assert found[10].due[0].since == 11
+    assert not any(seen.alarms for seen in found[1:])
 
 
 def ar1(rng: np.random.Generator, rho: float, steps: int, signals: int) -> np.ndarray:
@@ -192,7 +213,7 @@ def test_a_state_of_other_rules_is_refused() -> None:
 def test_the_default_rules_only_note_unless_they_may_act() -> None:
     assert {rule.action for rule in default_rules()} == {Note()}
     acting = {type(rule.action) for rule in default_rules(act=True)}
-    assert acting == {Note, SkipStep, RollBack}
+    assert acting == {Note, Scale, SkipStep, RollBack}
     assert all(signal(rule.signal).key == rule.signal for rule in default_rules())
 
 

@@ -9,6 +9,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 from shutil import copytree
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -20,11 +21,11 @@ from transformers import TrainerCallback
 from watched_hosts import host
 
 from rlstab.errors import ConfigError, RecordError
-from rlstab.losses import ClippedSurrogate, EntropyBonus, Linear, Objective
-from rlstab.monitors import Level, RollBack, Rule, Scale
+from rlstab.losses import ClippedSurrogate, EntropyBonus, Linear, Objective, ReverseKL
+from rlstab.monitors import Level, RollBack, Rule, Scale, Stop
 from rlstab.record import RunFolder
 from rlstab.rollouts import TransformersEngine
-from rlstab.trainers import Guard, Watch, watch
+from rlstab.trainers import Guard, Reset, Watch, watch
 from rlstab.trainers._guard import Snapshot, restore, take
 from rlstab.trainers._ring import Ring, read, write
 from rlstab.trainers._watch_table import LEVELS
@@ -112,6 +113,27 @@ def test_the_ring_is_bounded_and_goes_further_back_each_time() -> None:
     assert ring.before(27).step == 10
 
 
+@pytest.mark.parametrize("folder", [None, "disk"])
+def test_the_best_snapshot_stays_however_old_it_is(folder: str | None, tmp_path: Path) -> None:
+    """Held-out scores tell more than the reward; without any score the newest stay."""
+    place = tmp_path / folder if folder else None
+    ring, scores = Ring(3, folder=place), [{"train/reward": reward} for reward in (0.2, 0.8, 0.7, 0.5, 0.3, 0.4)]
+    for step, of_step in enumerate(scores):
+        ring.add(snapshot_at(10 * step, of_step))
+    assert ring.steps == [10, 40, 50]
+    ring.save(tmp_path / "checkpoint")
+    other = Ring(3, folder=tmp_path / "other" if folder else None)
+    other.load(tmp_path / "checkpoint")
+    for held in (ring, other):
+        held.add(snapshot_at(60, {"train/reward": 0.5, "eval/reward": 0.1}))
+        assert held.steps == [40, 50, 60]
+        held.add(snapshot_at(70, {"train/reward": 0.9, "eval/reward": 0.0}))
+        held.add(snapshot_at(80, {"train/reward": 0.9}))
+        held.add(snapshot_at(90, {"train/reward": 0.9}))
+        assert held.steps == [60, 80, 90]
+        assert held.before(85).step == 80
+
+
 def test_without_an_older_one_the_oldest_is_taken() -> None:
     ring = Ring(2)
     for snapshot in snapshots(10, 20):
@@ -184,23 +206,26 @@ def test_rollbacks_are_bounded_and_then_the_run_stops(tmp_path: Path) -> None:
     start = weights(trainer)
     trainer.train()
     assert trainer.state.global_step == 3
-    assert [event["step"] for event in events(run, "rolled_back")] == [1, 2]
-    assert [event["products"] for event in events(run, "rolled_back")] == [
-        {"learning_rate": 0.5},
-        {"learning_rate": 0.25},
-    ]
+    backs = events(run, "rolled_back")
+    assert [(back["step"], back["products"]["learning_rate"]) for back in backs] == [(1, 0.5), (2, 0.25), (3, 0.25)]
     (stopped,) = events(run, "stopped")
     assert "after 2 rollbacks (Guard.most)" in stopped["reason"]
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(5e-3 / 4)
-    assert not all(torch.equal(start[name], value) for name, value in weights(trainer).items())
+    assert_same_weights(weights(trainer), start)  # what is saved at the end is a healthy policy
+    assert (tmp_path / "checkpoint-3").is_dir()
 
 
-def test_snapshots_are_taken_only_while_healthy(tmp_path: Path) -> None:
-    trainer = host("SFT", tmp_path, max_steps=6)
-    rules = [Rule(signal="step/loss", detector=Level(above=-1.0, steps=4), cause="numerics")]
+@pytest.mark.parametrize(("bound", "kept"), [(-1.0, [0, 1, 2]), (1e9, [0, 1, 2, 3, 4])])
+def test_snapshots_are_taken_only_while_healthy(bound: float, kept: list[int], tmp_path: Path) -> None:
+    """A warning from the first step on does not keep them from being taken; a rule that stops does."""
+    trainer = host("SFT", tmp_path, max_steps=4)
+    rules = [
+        Rule(signal="step/loss", detector=Level(above=-1.0, steps=1), cause="numerics"),
+        Rule(signal="step/loss", detector=Level(above=bound), action=Stop(save=False), cause="numerics"),
+    ]
     watcher = watch(trainer, rules, guard=Guard(every=1, keep=10))
     trainer.train()
-    assert watcher._keeper.ring.steps == [0, 1, 2, 3]
+    assert watcher._keeper.ring.steps == kept
 
 
 def test_rollouts_in_use_are_dropped(tmp_path: Path) -> None:
@@ -241,6 +266,39 @@ def test_controllers_and_coefficients_go_back(tmp_path: Path) -> None:
     assert float(trainer.objective.terms["extra"].coefficient) == 2.0
 
 
+class References(TrainerCallback):
+    """Keeps what the references of a run are after each step."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self.after: dict[int, dict[str, Tensor]] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        held = self._trainer._references.state_dict(self._trainer.accelerator)
+        self.after[state.global_step] = {name: tensor.clone() for name, tensor in held.items()}
+
+
+@pytest.mark.parametrize("folder", [None, "disk"])
+def test_no_reference_of_the_future_stays_behind(folder: str | None, tmp_path: Path) -> None:
+    """The anchor moves at step 4, `moving` and `previous(2)` at every step; then the run goes back to step 2."""
+    names = ("anchor", "previous(2)", "moving")
+    terms = {f"to_{place}": ReverseKL(reference=name) for place, name in enumerate(names)}
+    objective = Objective({"policy": ClippedSurrogate(), **terms})
+    settings = {"max_steps": 6, "sync_ref_model": True, "ref_model_sync_steps": 1, "learning_rate": 2e-2}
+    trainer = trainer_of(tmp_path / "run", objective, settings=settings, reset=Reset(every=3))
+    rule = Rule(signal="step/loss", detector=Level(above=-1e9, steps=5), action=RollBack(remedy=None), cause="x")
+    guard = Guard(every=2, keep=2, folder=tmp_path / folder if folder else None)
+    watch(trainer, [rule], guard=guard, run=(run := run_folder(tmp_path / "events")))
+    trainer.add_callback(references := References(trainer))
+    trainer.train()
+    (back,) = events(run, "rolled_back")
+    assert (back["step"], back["to"]) == (5, 2)
+    then, later, now = (references.after[step] for step in (2, 4, 5))
+    assert_same_weights(now, then)
+    for name in ("anchor/", "previous/0/", "moving/"):
+        assert any(not torch.equal(later[key], then[key]) for key in then if key.startswith(name)), name
+
+
 def test_a_resumed_guard_remembers_how_often_it_went_back(tmp_path: Path) -> None:
     saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
     rule = Rule(signal="step/loss", detector=Level(above=-1.0, steps=1), action=RollBack(), cause="numerics")
@@ -266,10 +324,10 @@ def test_bad_numbers_are_refused(name: str) -> None:
 # ---------------------------------------------------------------------- files and checkpoints
 
 
-def snapshot_at(step: int) -> Snapshot:
+def snapshot_at(step: int, scores: Mapping[str, float] = MappingProxyType({})) -> Snapshot:
     run = Loop()
     run.run(1)
-    return take(step, run.model, run.optimizer, run.scheduler, {"products": {"learning_rate": 0.5}})
+    return take(step, run.model, run.optimizer, run.scheduler, {"products": {"learning_rate": 0.5}}, scores=scores)
 
 
 def test_a_file_holds_the_snapshot_bit_for_bit(tmp_path: Path) -> None:
@@ -391,8 +449,8 @@ def test_after_a_rollback_the_engine_forgets_and_gets_the_restored_weights(
     rule = Rule(signal="policy/entropy", detector=Level(above=0.0, steps=1), action=RollBack(), cause="x")
     watch(trainer, [rule], guard=Guard(most=1))
     trainer.train()
-    assert dropped == [1]
-    assert [event["step"] for event in events(run, "rolled_back")] == [1]
+    assert dropped == [1, 2]
+    assert [event["step"] for event in events(run, "rolled_back")] == [1, 2]
     synced = [event.fields["version"] for event in run.events().of("weight_sync")]
     assert synced[:2] == [0, 1]  # a generation takes two steps: without the rollback the second sync were at 2
     assert all(float(str(event.fields["mean_abs"])) < 1e-5 for event in run.events().of("weight_sync"))

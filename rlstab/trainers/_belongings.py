@@ -1,0 +1,60 @@
+"""What belongs to a run beside weights and optimizer: controllers, resets, and references that have moved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlstab.trainers._grpo import StableGRPOTrainer
+from rlstab.trainers._guard import Snapshot
+from rlstab.trainers._sft import TrustRegionSFTTrainer
+from rlstab.trainers._taps import local
+
+__all__ = ["belongings_of", "put_back"]
+
+MOVING = "moving/"
+
+
+def belongings_of(trainer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by name, on the CPU, and values made of JSON's types; nothing for a trainer of another kind."""
+    if isinstance(trainer, StableGRPOTrainer):
+        values = {"objective": trainer.objective.state_dict()}
+        if trainer._reset is not None:
+            values["reset"] = trainer._reset.state_dict()
+        tensors = trainer._references.state_dict(trainer.accelerator)
+        # Earlier policies (`Snapshots`) are on the CPU and never written to: snapshots may share them.
+        return {name: _copied(t) if name.startswith(MOVING) else t for name, t in tensors.items()}, values
+    if isinstance(trainer, TrustRegionSFTTrainer):
+        kept = trainer._snapshots.items()
+        tensors = {f"{source}/{name}": t for source, policy in kept for name, t in policy.state_dict().items()}
+        return {name: _copied(t) for name, t in tensors.items()}, {"objective": trainer.objective.state_dict()}
+    return {}, {}
+
+
+@torch.no_grad()
+def put_back(trainer: Any, snapshot: Snapshot) -> None:
+    """Give a trainer what `belongings_of` took."""
+    tensors, values = snapshot.beside, snapshot.extra
+    if isinstance(trainer, StableGRPOTrainer):
+        trainer.objective.load_state_dict(values["objective"])
+        if trainer._reset is not None:
+            trainer._reset.load_state_dict(values["reset"])
+        for name, tensor in trainer._references.state_dict(trainer.accelerator).items():
+            if name.startswith(MOVING):
+                local(tensor).copy_(tensors[name])
+        trainer._references.snapshots.load_state_dict(tensors)
+    if isinstance(trainer, TrustRegionSFTTrainer):
+        trainer.objective.load_state_dict(values["objective"])
+        for source, policy in trainer._snapshots.items():
+            policy.load_state_dict(_of(source, tensors))
+
+
+def _of(source: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{source}/"): t for name, t in tensors.items() if name.startswith(f"{source}/")}
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return local(tensor).detach().to("cpu", copy=True)
