@@ -97,7 +97,7 @@ def judge(folder: Path) -> Verdict:
     harms = [] if mode.control else [harm(rows) for harm in mode.harms]
     training = [(step, values) for step, values in rows if REWARD in values or LOSS in values]
     monitor, opened = Monitor(), []
-    for step, values in training:
+    for step, values in rows:
         alarms = monitor.observe(step, values).alarms
         opened += [(a.step, a.cause) for a in alarms if a.change == "opened" and a.severity != "note"]
     first = {RULES: opened[0][0] if opened else None, **{name: bound(training) for name, bound in FIXED.items()}}
@@ -267,8 +267,8 @@ class Recovery:
 
     Args:
         run: name of the run.
-        alone: the last tenth of the run, as a share of its peak, without the guard: reward and held-out pass@1.
-        guarded: the same with it.
+        alone: what the run ended with, as a share of the best of both: reward and held-out pass@1.
+        guarded: the same with the guard.
         lost: steps of each rollback that were undone.
         stopped: whether the guard gave up and stopped the run.
     """
@@ -287,26 +287,44 @@ def recoveries(place: Path) -> Iterator[Recovery]:
         if not (twin / "collapse.json").exists():
             continue
         events = RunFolder.open(folder).events()
+        ends, bests = zip(_ends_and_bests(twin), _ends_and_bests(folder), strict=True)
+        best = [max(*of_both, 1e-9) for of_both in zip(*bests, strict=True)]
+        alone, guarded = ((end[0] / best[0], end[1] / best[1]) for end in ends)
         yield Recovery(
             run=twin.name,
-            alone=_end_to_peak(twin),
-            guarded=_end_to_peak(folder),
-            lost=[(event.step or 0) - int(str(event.fields["to"])) for event in events.of("rolled_back")],
+            alone=alone,
+            guarded=guarded,
+            lost=[step - back for step, back in undone(folder)],
             stopped=bool(events.of("stopped")),
         )
 
 
-def _end_to_peak(folder: Path) -> tuple[float, float]:
-    metrics = RunFolder.open(folder).metrics()
-    reward = np.convolve(metrics.series(REWARD).values, np.ones(10) / 10, "valid")
-    skill = metrics.series("eval/pass@1").values
-    return float(reward[-20:].mean() / max(reward.max(), 1e-9)), float(skill[-1] / max(skill.max(), 1e-9))
+def undone(folder: Path) -> list[tuple[int, int]]:
+    """The rollbacks of a run: the step that had ended, and the one that it went back to."""
+    backs = RunFolder.open(folder).events().of("rolled_back")
+    return [(event.step or 0, int(str(event.fields["to"]))) for event in backs]
+
+
+def _ends_and_bests(folder: Path) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Reward and held-out score of the last tenth of a run, and the best of each; steps that were undone are left out.
+
+    The best reward is that of ten steps in a row. The last evaluation is of the policy that the run ends with.
+    """
+    metrics, backs = RunFolder.open(folder).metrics(), undone(folder)
+    reward, skill = metrics.series(REWARD), metrics.series("eval/pass@1")
+    kept = [
+        value
+        for step, value in zip(reward.steps, reward.values, strict=True)
+        if not any(to < step <= end for end, to in backs)
+    ]
+    means = np.convolve(kept, np.ones(10) / 10, "valid") if len(kept) >= 10 else np.array(kept)
+    return (float(means[-20:].mean()), float(skill.values[-1])), (float(means.max()), float(skill.values.max()))
 
 
 def recovery(place: Path, console: Console) -> dict[str, Any]:
     """Print what the guard made of collapsing runs."""
     found = list(recoveries(place))
-    table = Table("run", "reward: end/peak alone", "guarded", "held-out: alone", "guarded", "rollbacks, steps lost", "")
+    table = Table("run", "reward: end/best alone", "guarded", "held-out: alone", "guarded", "rollbacks, steps lost", "")
     for row in found:
         shares = (row.alone[0], row.guarded[0], row.alone[1], row.guarded[1])
         lost = ", ".join(map(str, row.lost))
@@ -316,7 +334,7 @@ def recovery(place: Path, console: Console) -> dict[str, Any]:
     for at, name in enumerate(("reward", "held-out pass@1")):
         for side, ends in (("alone", [row.alone for row in found]), ("guarded", [row.guarded for row in found])):
             kept = sum(end[at] >= 0.9 for end in ends)
-            figures[f"{name} ends above its peak − 10 %, {side}"] = share(kept, len(found))
+            figures[f"{name} ends above the best − 10 %, {side}"] = share(kept, len(found))
     lost_steps = [steps for row in found for steps in row.lost]
     figures["rollbacks, and the median of the steps that each undid"] = [len(lost_steps), middle(lost_steps)]
     for name, figure in figures.items():

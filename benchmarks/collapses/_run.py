@@ -21,7 +21,7 @@ from rlstab.errors import EngineError
 from rlstab.recipes import PretrainedModel, Recipe, TinyModel, evaluate, read_recipe, warm_up
 from rlstab.record import RunFolder
 from rlstab.tasks import EmbeddedTask
-from rlstab.trainers import GRPOConfig, Guard, Periodically, StableGRPOTrainer
+from rlstab.trainers import GRPOConfig, Guard, Periodically, StableGRPOTrainer, Watch
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs/quickstart.yaml"
 EXAMINED_EVERY, SAMPLES = 30, 8
@@ -106,9 +106,14 @@ def record(setting: Setting, fault: Fault, place: Path, *, recipe: Path | None =
     read = read_recipe(recipe or QUICKSTART, [(key, json.dumps(value)) for key, value in settings.items()])
     folder = RunFolder.create(output, config_text=read.text)
     trainer = _trainer(read.recipe, fault, folder, place)
-    rlstab.watch(trainer, guard=Guard() if setting.guarded else None)
+    watcher = rlstab.watch(trainer, guard=Guard() if setting.guarded else None)
+    examine = _examination(read.recipe, trainer, folder, watcher)
+    examine(0)
+    trainer.add_callback(Periodically(EXAMINED_EVERY, examine))
     try:
         trainer.train()
+        if trainer.state.global_step % EXAMINED_EVERY:
+            examine(trainer.state.global_step)
         folder.append_event("finished", step=trainer.state.global_step)
     except EngineError as error:  # what a run with NaN in its weights ends with
         folder.append_event("stopped", step=trainer.state.global_step, reason=str(error))
@@ -138,20 +143,27 @@ def _trainer(recipe: Recipe, fault: Fault, folder: RunFolder, place: Path) -> St
     )
     trainer.remove_callback(PrinterCallback)
     _break(trainer, fault)
-    held_out = recipe.task.prompts(recipe.evaluation.prompts, split="test", seed=recipe.seed)
+    return trainer
+
+
+def _examination(
+    recipe: Recipe, trainer: StableGRPOTrainer, folder: RunFolder, watcher: Watch
+) -> Callable[[int], None]:
+    """Examines the policy on held-out prompts: for the run folder, and for the watch."""
+    assert isinstance(recipe.task, EmbeddedTask)
+    task, length = recipe.task, trainer.args.max_completion_length
+    held_out = task.prompts(recipe.evaluation.prompts, split="test", seed=recipe.seed)
 
     def examine(step: int) -> None:
-        length = args.max_completion_length
-        result = evaluate(
-            model, tokenizer, recipe.task, held_out, samples=SAMPLES, ks=(1, SAMPLES), max_new_tokens=length
-        )
+        policy, tokenizer = trainer.model, trainer.processing_class
+        result = evaluate(policy, tokenizer, task, held_out, samples=SAMPLES, ks=(1, SAMPLES), max_new_tokens=length)
         values = {f"eval/pass@{k}": estimate for k, estimate in result.pass_at.items()} | {"eval/reward": result.reward}
         errors = {f"{key}_se": value.se for key, value in values.items()}
-        folder.append_metrics(step, {key: value.mean for key, value in values.items()} | errors)
+        means = {key: value.mean for key, value in values.items()}
+        folder.append_metrics(step, means | errors)
+        watcher.show(step, means)
 
-    examine(0)
-    trainer.add_callback(Periodically(EXAMINED_EVERY, examine))
-    return trainer
+    return examine
 
 
 def _arguments(recipe: Recipe, folder: RunFolder) -> GRPOConfig:

@@ -174,8 +174,19 @@ class Monitor:
             "open": deepcopy(alarms),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def postpone(self, due: Due) -> None:
+        """Let the rule ask again at the next step, if it is still raised then."""
+        alarm = self._open.get(due.rule.cause)
+        if alarm is not None:
+            alarm.taken = [i for i in alarm.taken if self._rules[i] != due.rule]
+
+    def load_state_dict(self, state: Mapping[str, Any], *, step: int | None = None) -> None:
         """Go on from a saved state.
+
+        Args:
+            state: what `state_dict` gave.
+            step: the step after which the run goes on, where it is not the one that was saved: calm steps are counted
+                from there.
 
         Raises:
             ConfigError: the state is that of other rules.
@@ -194,3 +205,7 @@ class Monitor:
             cause: _Open(**{**deepcopy(dict(saved)), "evidence": [Evidence(**item) for item in saved["evidence"]]})
             for cause, saved in state["open"].items()
         }
+        if step is not None:
+            self._last = [None if last is None else step for last in self._last]
+            for alarm in self._open.values():
+                alarm.last = step

@@ -47,6 +47,10 @@ CAUSES: dict[str, Cause] = {
     ),
     "saturation": Cause("most groups teach nothing", "use harder prompts, or filter those that are always solved"),
     "reward": Cause("the reward falls", "go back to a checkpoint before the fall and lower the learning rate"),
+    "held_out": Cause(
+        "the held-out score falls",
+        "look at completions with much reward: where it is won without doing the task, mend the reward; else stop here",
+    ),
     "length": Cause(
         "the completions change their length", "look at completions that are cut; bound or penalise length"
     ),
@@ -128,6 +132,7 @@ def default_rules(*, act: bool = False) -> tuple[Rule, ...]:
         *_of_mismatch(back),
         *_of_drift(slow, back),
         *_of_policy(back),
+        *_of_held_out(back),
         *_of_completions(),
         *_of_model(),
     )
@@ -190,6 +195,12 @@ def _of_policy(back: Action) -> Sequence[Rule]:
             signal="train/reward", detector=Fall(window=10, noise=5.0), severity="critical", action=back, cause="reward"
         ),
     )
+
+
+def _of_held_out(back: Action) -> Sequence[Rule]:
+    fallen = Fall(share=0.85, window=2, noise=4.0)
+    scores = ("eval/pass@1", "eval/reward")
+    return [Rule(signal=key, detector=fallen, severity="critical", action=back, cause="held_out") for key in scores]
 
 
 def _of_completions() -> Sequence[Rule]:

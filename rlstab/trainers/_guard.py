@@ -45,12 +45,14 @@ class Guard:
         keep: snapshots kept, the best one and the newest ones; each takes the memory of the trained weights, the
             optimizer and references that have moved.
         most: how often a run may go back and on; when a rule asks once more, it goes back and is stopped there.
+        settle: steps after going back in which no rule is heard that asks for it again: a sampler may be that many
+            updates behind, and hold weights that are gone.
         folder: where snapshots are kept instead of the CPU's memory, one file per process and snapshot; a file is whole
             or absent, whenever the process is killed. Those of an earlier run or attempt are removed.
         checkpoints: write the ring into checkpoints; without, a resumed run begins with a ring of its own.
 
     Raises:
-        ConfigError: a number is below 1.
+        ConfigError: a number is below 1, or `settle` below 0.
 
     >>> Guard(every=10).keep
     4
@@ -59,6 +61,7 @@ class Guard:
     every: int = 25
     keep: int = 4
     most: int = 3
+    settle: int = 20
     folder: str | Path | None = None
     checkpoints: bool = True
 
@@ -66,6 +69,8 @@ class Guard:
         for name, value in (("every", self.every), ("keep", self.keep), ("most", self.most)):
             if value < 1:
                 raise ConfigError(f"Guard.{name}: expected at least 1, got {value}")
+        if self.settle < 0:
+            raise ConfigError(f"Guard.settle: expected at least 0, got {self.settle}")
 
 
 @dataclass(frozen=True, kw_only=True)

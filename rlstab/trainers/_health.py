@@ -18,6 +18,7 @@ from rlstab.trainers._watch_host import TrlTrainer
 __all__ = ["HostMetrics", "adam_health", "schema_key"]
 
 RENAMED = {"entropy": "policy/entropy"}
+EVALUATION = "eval_"
 TENSORS, ELEMENTS = 16, 4096
 
 
@@ -25,10 +26,12 @@ TENSORS, ELEMENTS = 16, 4096
 def schema_key(host_key: str) -> str | None:
     """The schema's key of a metric of the host; None for one that the schema does not know.
 
-    >>> schema_key("reward"), schema_key("clip_ratio/low_mean"), schema_key("rewards/chosen/of/mine")
-    ('train/reward', 'clip_ratio/low_mean', None)
+    >>> schema_key("reward"), schema_key("eval_reward"), schema_key("rewards/chosen/of/mine")
+    ('train/reward', 'eval/reward', None)
     """
     key = RENAMED.get(host_key, host_key if "/" in host_key else f"train/{host_key}")
+    if host_key.startswith(EVALUATION):
+        key = f"eval/{host_key.removeprefix(EVALUATION)}"
     try:
         return signal(key).key
     except SchemaError:

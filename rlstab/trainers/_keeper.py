@@ -47,6 +47,7 @@ class Keeper:
         self.ring = Ring(1)
         self.standing = Standing()
         self.rollbacks = 0
+        self.last_back: int | None = None
         self._resumed: str | None = None
         self._ranks = 1
 
@@ -86,13 +87,25 @@ class Keeper:
         """Whether the run may not go back once more."""
         return self._guard is None or self.rollbacks >= self._guard.most
 
-    def go_back(self, before: int, run: Run, trainer: Any) -> Snapshot:
+    def settles(self, step: int) -> bool:
+        """Whether the run went back so shortly before that it may not do so again."""
+        if self._guard is None or self.last_back is None:
+            return False
+        return step - self.last_back <= self._guard.settle
+
+    def go_back(self, step: int, before: int, run: Run, trainer: Any) -> Snapshot:
         """Bring weights, optimizer, schedule, random numbers and belongings back to before a step, on all ranks alike.
+
+        Args:
+            step: the one that has ended.
+            before: the one that is gone back to before.
+            run: what is brought back.
+            trainer: whose belongings; None where nothing is attached to one.
 
         Raises:
             ConfigError: the ranks do not hold the same snapshots.
         """
-        self.rollbacks += 1
+        self.rollbacks, self.last_back = self.rollbacks + 1, step
         snapshot = self.ring.before(before)
         if self._ranks > 1:
             agreed = [snapshot.step]

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from accelerate import PartialState
 from torch import nn
 
 from rlstab.errors import ConfigError, RecordError
@@ -14,6 +15,7 @@ from rlstab.losses import Objective
 from rlstab.monitors import Alarm, Due, Monitor, Notify, RollBack, Rule, Scale, SkipStep, Stop, default_rules
 from rlstab.probes import Probe
 from rlstab.record import RunFolder, diagnosis_of
+from rlstab.schema import signal
 from rlstab.trainers._actions import Messenger, Scaling, check_scale
 from rlstab.trainers._births import trace
 from rlstab.trainers._grpo import StableGRPOTrainer
@@ -32,6 +34,7 @@ __all__ = ["Watch", "watch"]
 
 logger = logging.getLogger("rlstab")
 
+HELD_OUT = "eval/"
 LEVELS = {"note": logging.INFO, "warning": logging.WARNING, "critical": logging.ERROR}
 
 
@@ -83,7 +86,7 @@ class Watch(TrainerCallback, ExportableState, StepReader):
         self._run = run
         self._measuring = Measuring(every, probes, observers)
         self._trainer: Any = None
-        self._main = True
+        self._main, self._report_to = True, list[str]()
         self._scaling: Scaling | None = None
         self._messenger = Messenger()
         self._trackers: Trackers | None = None
@@ -122,7 +125,7 @@ class Watch(TrainerCallback, ExportableState, StepReader):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take up a resumed run where its checkpoint left it, and the first snapshot."""
         run = Run.of(control, kwargs)
-        self._main = args.process_index == 0
+        self._main, self._report_to = args.process_index == 0, list(args.report_to)
         check_sharding(self._guard, run.model, sharded=bool(args.deepspeed or args.fsdp))
         if self._trainer is None:
             _check_scales(self.monitor.rules, None)
@@ -141,7 +144,7 @@ class Watch(TrainerCallback, ExportableState, StepReader):
         """The optimizer and its schedule come back with the checkpoint as they were turned, coefficients do not."""
         assert self._scaling is not None
         self.monitor.load_state_dict(saved["monitor"])
-        self._keeper.rollbacks = saved["rollbacks"]
+        self._keeper.rollbacks, self._keeper.last_back = saved["rollbacks"], saved["last_back"]
         self._keeper.standing.load_state_dict(saved["standing"])
         products = saved["products"]
         self._scaling.products = {target: value for target, value in products.items() if target == "learning_rate"}
@@ -153,6 +156,7 @@ class Watch(TrainerCallback, ExportableState, StepReader):
         held = {
             "monitor": self.monitor.state_dict(),
             "rollbacks": self._keeper.rollbacks,
+            "last_back": self._keeper.last_back,
             "standing": self._keeper.standing.state_dict(),
             "products": dict(self._scaling.products) if self._scaling is not None else {},
             "signals": self._measuring.state_dict(),
@@ -182,7 +186,7 @@ class Watch(TrainerCallback, ExportableState, StepReader):
         self._values = self._measuring.new if self._recorded_elsewhere else values
         if values.get("step/bad_gradients", 0) > 0 or not math.isfinite(values.get("step/loss", 0.0)):
             self._trace(step, model)
-        if self._look(step, values, args):
+        if self._look(step, values):
             drop_gradients(model, scaled=False)  # a scaler has looked already: gradients are unscaled when clipped
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -192,27 +196,51 @@ class Watch(TrainerCallback, ExportableState, StepReader):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Do what is due, write down the step, and keep a snapshot if the run is healthy and it is time."""
         run = Run.of(control, kwargs)
-        due, self._due = self._due, []
-        for item in due:
-            self._act(item, state.global_step, run)
+        while self._due:  # empty once the run has gone back: what else was due speaks of weights that are gone
+            self._act(self._due.pop(0), state.global_step, run)
         self._write(state)
         if self._keeper.is_time(state.global_step) and self.monitor.healthy:
             self._snapshot(state.global_step, run)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """As a plain callback, take the numbers that the host logs; attached whole they are known at every step."""
-        if self._trainer is None:
-            named = {schema_key(key): value for key, value in kwargs["logs"].items() if isinstance(value, int | float)}
-            numbers = {key: float(value) for key, value in named.items() if key}
-            self._look(state.global_step, broadcast(numbers) if args.world_size > 1 else numbers, args, open_step=False)
+        """Take the numbers that the host logs; attached whole those of evaluations, others are known at every step."""
+        named = {schema_key(key): value for key, value in kwargs["logs"].items() if isinstance(value, int | float)}
+        numbers = {key: float(value) for key, value in named.items() if key}
+        held_out = {key: value for key, value in numbers.items() if key.startswith(HELD_OUT)}
+        if self._run is not None and self._main and held_out:
+            self._run.append_metrics(state.global_step, held_out)
+        if self._trainer is None or held_out:
+            self._show(state.global_step, numbers if self._trainer is None else held_out)
 
-    def _look(self, step: int, values: Mapping[str, float], args: Any, *, open_step: bool = True) -> bool:
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        """Show the rules numbers that the host does not know, as those of an evaluation of your own.
+
+        Args:
+            step: the optimizer step that has ended; 0 before the first one.
+            values: by schema key, on every process.
+
+        Raises:
+            SchemaError: a key is not in the schema.
+
+        Example:
+            ```python
+            watcher = rlstab.watch(trainer, guard=rlstab.Guard())
+            watcher.show(trainer.state.global_step, {"eval/pass@1": examine(trainer.model)})
+            ```
+        """
+        self._show(step, {signal(key).key: value for key, value in values.items()})
+
+    def _show(self, step: int, numbers: dict[str, float]) -> None:
+        several = PartialState().num_processes > 1
+        self._look(step, broadcast(numbers) if several else numbers, open_step=False)
+
+    def _look(self, step: int, values: Mapping[str, float], *, open_step: bool = True) -> bool:
         """Let the rules see the numbers; whether the step is to be left out, which one that is over cannot be."""
         observed = self.monitor.observe(step, values)
         causes = self._causes() if any(alarm.change != "cleared" for alarm in observed.alarms) else []
         self._keeper.standing.observe(values)
         for alarm in observed.alarms:
-            self._announce(alarm, causes if alarm.change != "cleared" else [], args)
+            self._announce(alarm, causes if alarm.change != "cleared" else [])
         skips = [item for item in observed.due if isinstance(item.action, SkipStep)]
         self._due += [item for item in observed.due if not isinstance(item.action, SkipStep)]
         if skips and open_step:
@@ -231,14 +259,14 @@ class Watch(TrainerCallback, ExportableState, StepReader):
 
     # ------------------------------------------------------------------ alarms and actions
 
-    def _announce(self, alarm: Alarm, causes: Sequence[str], args: Any) -> None:
+    def _announce(self, alarm: Alarm, causes: Sequence[str]) -> None:
         """Say what is out of order and, where a run folder tells what came before, the causes that fit."""
         self.alarms.append(alarm)
         over = alarm.change == "cleared"
         self._event("alarm", alarm.step, **alarm.fields(), causes=list(causes))
         self._say(logging.INFO if over else LEVELS[alarm.severity], "\n  ".join([str(alarm), *causes]))
         if self._main and not over:
-            alert_trackers(alarm, causes, list(args.report_to))
+            alert_trackers(alarm, causes, self._report_to)
 
     def _causes(self) -> list[str]:
         if self._run is None or not self._main:
@@ -259,6 +287,8 @@ class Watch(TrainerCallback, ExportableState, StepReader):
             case Scale() as action:
                 product = self._scaling.apply(action)
                 self._event("scaled", step, target=action.target, product=product, reason=due.finding)
+            case RollBack() if self._keeper.settles(step):
+                self.monitor.postpone(due)
             case RollBack(remedy=remedy):
                 self._roll_back(due, step, remedy, run)
             case Stop(save=save):
@@ -275,9 +305,9 @@ class Watch(TrainerCallback, ExportableState, StepReader):
         assert self._scaling is not None
         last = self._keeper.used_up
         products = dict(self._scaling.products)
-        snapshot = self._keeper.go_back(due.since - 1, run, self._trainer)  # what a step measures came before it
+        snapshot = self._keeper.go_back(step, due.since - 1, run, self._trainer)  # what a step measures came before it
         self._scaling.products = dict(snapshot.extra["products"])
-        self.monitor.load_state_dict(snapshot.extra["monitor"])
+        self.monitor.load_state_dict(snapshot.extra["monitor"], step=step)
         self._measuring.load_state_dict(snapshot.extra["signals"])
         drop_rollouts(self._trainer)
         self._scaling.turn(products)

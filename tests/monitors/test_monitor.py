@@ -81,6 +81,25 @@ def test_an_action_is_due_once_per_alarm() -> None:
     assert due == [1, 0, 0, 0, 0, 0, 0, 0, 1]
 
 
+def test_an_action_that_was_put_off_is_due_again_while_its_rule_is_raised() -> None:
+    monitor, due = Monitor([CRITICAL]), []
+    for step, value in enumerate((0.6, 0.6, 0.6, 0.1, 0.1), 1):
+        due.append(list(monitor.observe(step, {K3: value}).due))
+        for item in due[-1]:
+            monitor.postpone(item)
+    assert [len(items) for items in due] == [1, 1, 1, 0, 0]
+    assert {items[0].since for items in due[:3]} == {1}
+
+
+def test_a_run_that_goes_on_at_a_later_step_counts_calm_steps_from_there() -> None:
+    first, second = (Monitor([WARN, CRITICAL], cooldown=5) for _ in range(2))
+    assert observed(first, [{K3: 0.6}, {K3: 0.3}])[0].due
+    second.load_state_dict(first.state_dict(), step=100)
+    assert second.observe(101, {K3: 0.6}).due == ()  # it has asked already, and was not calm for long since
+    assert second.observe(103, {K3: 0.1}).alarms == ()
+    assert [alarm.change for alarm in second.observe(107, {K3: 0.1}).alarms] == ["cleared"]
+
+
 def test_skipping_is_due_at_each_bad_step() -> None:
     rule = Rule(signal="step/loss", detector=NonFinite(), action=SkipStep(), cause="numerics")
     monitor = Monitor([rule])

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from watched_hosts import host
 
 import rlstab
-from rlstab.errors import ConfigError
+from rlstab.errors import ConfigError, SchemaError
 from rlstab.losses import ClippedSurrogate, JensenShannon, Objective
 from rlstab.monitors import Diagnosis, Level, Monitor, NonFinite, Notify, RollBack, Rule, Scale, SkipStep, Stop
 from rlstab.probes import Activations, Attention, SpectralAlignment
@@ -306,6 +306,22 @@ def test_a_message_that_cannot_be_handed_on_is_logged(tmp_path: Path, caplog: py
     trainer.train()
     assert trainer.state.global_step == 3
     assert any("could not be handed on" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_held_out_scores_are_looked_at(level: str, tmp_path: Path) -> None:
+    """Those of the host's evaluations, and those of one's own; the run folder holds the host's."""
+    trainer, run = host("GRPO", tmp_path, max_steps=1), run_folder(tmp_path / "run")
+    watcher = watched(trainer, level, run=run)
+    watcher.monitor = listening = Listening()
+    trainer.train()
+    trainer.evaluate(trainer.train_dataset.select(range(8)))
+    assert {key for key in listening.seen[1] if key.startswith("eval/")} == {"eval/reward", "eval/entropy"}
+    assert run.metrics().series("eval/reward").values[0] == listening.seen[1]["eval/reward"]
+    watcher.show(2, {"eval/pass@1": 0.5})
+    assert listening.seen[2] == {"eval/pass@1": 0.5}
+    with pytest.raises(SchemaError, match="eval/pass"):
+        watcher.show(2, {"eval/passed": 0.5})
 
 
 @pytest.mark.parametrize("level", LEVELS)
