@@ -14,6 +14,7 @@ from rlstab.recipes._plan import Plan, plan_recipe
 from rlstab.recipes._reading import ReadRecipe, read_recipe, recipe_parser
 from rlstab.recipes._recipe import HeldOut, Recipe
 from rlstab.recipes._run import Outcome, run_recipe
+from rlstab.recipes._supervised import Supervised
 from rlstab.recipes._warmup import WarmUp, warm_up
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "Sharding",
     "SpamAdam",
     "StableSpamAdam",
+    "Supervised",
     "TinyModel",
     "Transformers",
     "VLLMServer",

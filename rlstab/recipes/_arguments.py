@@ -4,17 +4,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlstab.errors import ConfigError, RlstabError
 from rlstab.recipes._beside import supply_of
 from rlstab.recipes._engines import VLLM, Transformers
 from rlstab.recipes._gradients import Updates
 from rlstab.recipes._recipe import Recipe
+from rlstab.recipes._supervised import longest_completion
 from rlstab.routing import is_mixture
 from rlstab.tasks import Reward
-from rlstab.trainers import GRPOConfig, check_composition
+from rlstab.trainers import GRPOConfig, SFTConfig, check_composition, check_supervised
 
-__all__ = ["Checked", "check_groups", "check_recipe", "host_errors", "trainer_arguments"]
+__all__ = ["Checked", "check_groups", "check_recipe", "host_arguments", "host_errors", "trainer_arguments"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,7 @@ class Checked:
     references: frozenset[str]
 
 
-def check_recipe(recipe: Recipe, args: GRPOConfig) -> Checked:
+def check_recipe(recipe: Recipe, args: GRPOConfig | SFTConfig) -> Checked:
     """Refuse what a run of the recipe would refuse.
 
     Args:
@@ -40,6 +42,10 @@ def check_recipe(recipe: Recipe, args: GRPOConfig) -> Checked:
     Raises:
         ConfigError: for parts that refuse each other, or that read what the trainer does not supply.
     """
+    updates = Updates.of(recipe.gradients, recipe.optimizer, args)
+    longest_completion(recipe, args)
+    if isinstance(args, SFTConfig):
+        return Checked(updates=updates, references=frozenset(check_supervised(recipe.objective, args)))
     check_groups(
         recipe.named_rewards,
         rows=args.per_device_train_batch_size * args.steps_per_generation,
@@ -55,7 +61,6 @@ def check_recipe(recipe: Recipe, args: GRPOConfig) -> Checked:
         returns_log_probs=recipe.engine is not None or args.use_vllm,
         supply=supply_of(recipe),
     )
-    updates = Updates.of(recipe.gradients, recipe.optimizer, args)
     return Checked(updates=updates, references=frozenset(references))
 
 
@@ -104,13 +109,22 @@ def trainer_arguments(recipe: Recipe, output: Path, *, anywhere: bool = False) -
         output: the run folder.
         anywhere: accept a precision that this machine's devices lack, to plan a run on another one.
     """
-    arguments = dict(recipe.trainer)
-    if recipe.rewards is not None:
-        arguments["reward_weights"] = [part.weight for part in recipe.rewards.values()]
-    if anywhere:
-        arguments["use_cpu"] = True
+    weights = {} if recipe.rewards is None else {"reward_weights": [part.weight for part in recipe.rewards.values()]}
     with host_errors():
-        return GRPOConfig(**arguments, output_dir=str(output / "checkpoints"), seed=recipe.seed, disable_tqdm=True)
+        return GRPOConfig(**_arguments(recipe, output, anywhere), **weights)
+
+
+def host_arguments(recipe: Recipe, output: Path, *, anywhere: bool = False) -> GRPOConfig | SFTConfig:
+    """The arguments of the host that trains a recipe; see `trainer_arguments`."""
+    if recipe.supervised is None:
+        return trainer_arguments(recipe, output, anywhere=anywhere)
+    with host_errors():
+        return SFTConfig(**_arguments(recipe, output, anywhere))
+
+
+def _arguments(recipe: Recipe, output: Path, anywhere: bool) -> dict[str, Any]:
+    own = {"output_dir": str(output / "checkpoints"), "seed": recipe.seed, "disable_tqdm": True}
+    return {**recipe.trainer, **own} | ({"use_cpu": True} if anywhere else {})
 
 
 @contextmanager

@@ -9,7 +9,14 @@ from typing import Any, Literal, Self, final
 from torch.optim import Optimizer
 
 from rlstab.optim import SPAM, Chain, GradientStabiliser, StableSPAM
-from rlstab.trainers import GRPOConfig, StableGRPOTrainer, SteadyGradients, check_unclipped
+from rlstab.trainers import (
+    GRPOConfig,
+    SFTConfig,
+    StableGRPOTrainer,
+    SteadyGradients,
+    TrustRegionSFTTrainer,
+    check_unclipped,
+)
 
 __all__ = ["OptimizerSource", "SpamAdam", "StableSpamAdam", "Updates"]
 
@@ -30,7 +37,7 @@ class OptimizerSource(ABC):
     def choice(self) -> tuple[type[Optimizer], dict[str, Any]]:
         """The optimizer's class, and its arguments but for parameters, learning rate and weight decay."""
 
-    def of(self, args: GRPOConfig) -> tuple[type[Optimizer], dict[str, Any]]:
+    def of(self, args: GRPOConfig | SFTConfig) -> tuple[type[Optimizer], dict[str, Any]]:
         """Class and arguments as a host's trainer takes them (`optimizer_cls_and_kwargs`).
 
         Raises:
@@ -114,7 +121,12 @@ class Updates:
     optimizer: tuple[type[Optimizer], dict[str, Any]] | None
 
     @classmethod
-    def of(cls, gradients: Sequence[GradientStabiliser], optimizer: OptimizerSource | None, args: GRPOConfig) -> Self:
+    def of(
+        cls,
+        gradients: Sequence[GradientStabiliser],
+        optimizer: OptimizerSource | None,
+        args: GRPOConfig | SFTConfig,
+    ) -> Self:
         """What a recipe asks for; its stabilisers are copied, because they hold the state of a run.
 
         Raises:
@@ -125,7 +137,7 @@ class Updates:
         copies = tuple(deepcopy(list(gradients)))
         return cls(stabilisers=copies, optimizer=None if optimizer is None else optimizer.of(args))
 
-    def attach(self, trainer: StableGRPOTrainer) -> None:
+    def attach(self, trainer: StableGRPOTrainer | TrustRegionSFTTrainer) -> None:
         """Have a trainer do so."""
         if self.optimizer is not None:
             trainer.optimizer_cls_and_kwargs = self.optimizer

@@ -11,12 +11,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlstab.recipes._models import LoRA
-from rlstab.trainers import GRPOConfig
+from rlstab.trainers import GRPOConfig, SFTConfig
 
 __all__ = ["Device", "Memory", "ModelSize", "Sharding", "amount", "sampling_memory", "training_memory"]
 
 GIB, MIB = 2**30, 2**20
 PROMPT_TOKENS = 256
+UNCUT = 1024
 VALUES_PER_TOKEN = 17
 
 #: Values that an optimizer keeps per trained parameter, in the precision of the parameter; two for all others (Adam).
@@ -132,7 +133,7 @@ class Memory:
 
     With $P$ parameters of $b$ bytes, $T$ of them trained, $L$ blocks of width $h$, $R$ rows of a forward pass, and
     $S = $ `max_completion_length` + 256 tokens of a row (256 stand for the prompt, whose length is not known before the
-    data is):
+    data is; in supervised training $S = $ `max_length`, 1024 where nothing is cut):
 
     - `weights`: $P b$ over the processes that share them;
     - `gradients`: $T b$ likewise;
@@ -186,7 +187,9 @@ def amount(size: float) -> str:
     return f"{value:.0f} {unit}" if value >= 10 else f"{value:.2g} {unit}"
 
 
-def training_memory(size: ModelSize, args: GRPOConfig, sharding: Sharding, *, references: float) -> dict[str, float]:
+def training_memory(
+    size: ModelSize, args: GRPOConfig | SFTConfig, sharding: Sharding, *, references: float
+) -> dict[str, float]:
     """The parts of `Memory` that training needs.
 
     Args:
@@ -198,7 +201,7 @@ def training_memory(size: ModelSize, args: GRPOConfig, sharding: Sharding, *, re
     per_token = VALUES_PER_TOKEN * size.layers
     if args.gradient_checkpointing:
         per_token = VALUES_PER_TOKEN + size.layers
-    tokens = args.per_device_train_batch_size * (args.max_completion_length + PROMPT_TOKENS)
+    tokens = args.per_device_train_batch_size * _row_tokens(args)
     return {
         "weights": size.parameters * size.bytes_each / sharding.weights,
         "gradients": size.trained * size.bytes_each / sharding.gradients,
@@ -220,17 +223,24 @@ def sampling_memory(
         copied: precision of the copy, if there is one.
     """
     each = activation_bytes(size, args) if copied is None else vars(torch)[copied].itemsize
-    tokens = slots * (args.max_completion_length + PROMPT_TOKENS)
+    tokens = slots * _row_tokens(args)
     weights = 0 if copied is None else size.parameters * each
     return float(weights + tokens * size.cached * size.layers * each)
 
 
-def activation_bytes(size: ModelSize, args: GRPOConfig) -> int:
+def _row_tokens(args: GRPOConfig | SFTConfig) -> int:
+    """The longest row, roughly."""
+    if isinstance(args, SFTConfig):
+        return args.max_length or UNCUT
+    return int(args.max_completion_length) + PROMPT_TOKENS
+
+
+def activation_bytes(size: ModelSize, args: GRPOConfig | SFTConfig) -> int:
     """Bytes of an activation: two in mixed or half precision."""
     return min(size.bytes_each, 2 if args.bf16 or args.fp16 else 4)
 
 
-def _optimizer_bytes(size: ModelSize, args: GRPOConfig) -> float:
+def _optimizer_bytes(size: ModelSize, args: GRPOConfig | SFTConfig) -> float:
     name = str(args.optim).lower()
     if "8bit" in name:
         return 2.0 * size.trained

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from rlstab.recipes._arguments import check_recipe, trainer_arguments
+from rlstab.recipes._arguments import check_recipe, host_arguments
 from rlstab.recipes._engines import VLLM, Transformers, VLLMServer
 from rlstab.recipes._memory import (
     Device,
@@ -22,7 +22,7 @@ from rlstab.recipes._memory import (
 from rlstab.recipes._models import ModelSource
 from rlstab.recipes._reading import ReadRecipe
 from rlstab.recipes._recipe import Recipe
-from rlstab.trainers import GRPOConfig
+from rlstab.trainers import GRPOConfig, SFTConfig
 
 __all__ = ["Plan", "plan_checked", "plan_recipe"]
 
@@ -76,11 +76,11 @@ def plan_recipe(read: ReadRecipe) -> Plan:
         ConfigError: for what a run would refuse before it loads anything.
     """
     recipe = read.recipe
-    args = trainer_arguments(recipe, recipe.output or Path("runs"), anywhere=not torch.cuda.is_available())
+    args = host_arguments(recipe, recipe.output or Path("runs"), anywhere=not torch.cuda.is_available())
     return plan_checked(recipe, args, check_recipe(recipe, args).references)
 
 
-def plan_checked(recipe: Recipe, args: GRPOConfig, references: frozenset[str]) -> Plan:
+def plan_checked(recipe: Recipe, args: GRPOConfig | SFTConfig, references: frozenset[str]) -> Plan:
     """The plan of a recipe that has been checked.
 
     Args:
@@ -92,13 +92,13 @@ def plan_checked(recipe: Recipe, args: GRPOConfig, references: frozenset[str]) -
     model = recipe.model.outline(recipe.task)
     size = None if model is None else ModelSize.of(model, recipe.adapter)
     memory = None if size is None else _memory(recipe, args, references, size, device)
+    shown = "prompts" if recipe.supervised is None else "demonstrations"
     lines = {
         "model": f"{_source(recipe.model)}: {_sizes(size)}",
-        "task": f"{type(recipe.task).__name__}: {recipe.prompts} prompts to train on, {recipe.evaluation.prompts} x "
+        "task": f"{type(recipe.task).__name__}: {recipe.prompts} {shown} to train on, {recipe.evaluation.prompts} x "
         f"{recipe.evaluation.samples} completions held out",
-        "rewards": ", ".join(f"{part.weight:g} {name}" for name, part in recipe.named_rewards.items()),
+        **_rollouts(recipe, args),
         "objective": _objective(recipe),
-        "sampled by": _sampler(recipe, args),
         "references": ", ".join(sorted(references)) or "none",
         "steps": _steps(recipe, args),
         "memory": f"{memory} per process; {device.name} has {amount(device.memory)}"
@@ -108,8 +108,16 @@ def plan_checked(recipe: Recipe, args: GRPOConfig, references: frozenset[str]) -
     return Plan(lines=lines, memory=memory, device=device, notes=tuple(_obstacles(recipe, args, memory, device)))
 
 
+def _rollouts(recipe: Recipe, args: GRPOConfig | SFTConfig) -> dict[str, str]:
+    """What rewards the policy, and what samples from it."""
+    if isinstance(args, SFTConfig):
+        return {}
+    rewards = ", ".join(f"{part.weight:g} {name}" for name, part in recipe.named_rewards.items())
+    return {"rewards": rewards, "sampled by": _sampler(recipe, args)}
+
+
 def _memory(
-    recipe: Recipe, args: GRPOConfig, references: frozenset[str], size: ModelSize, device: Device
+    recipe: Recipe, args: GRPOConfig | SFTConfig, references: frozenset[str], size: ModelSize, device: Device
 ) -> Memory | None:
     """The estimate, unless a teacher's size is not known."""
     beside = 0.0
@@ -127,7 +135,9 @@ def _memory(
     return Memory(**training, sampling=_sampling(recipe, args, size, device))
 
 
-def _sampling(recipe: Recipe, args: GRPOConfig, size: ModelSize, device: Device) -> float:
+def _sampling(recipe: Recipe, args: GRPOConfig | SFTConfig, size: ModelSize, device: Device) -> float:
+    if isinstance(args, SFTConfig):
+        return 0.0
     rows = args.per_device_train_batch_size * args.steps_per_generation
     match recipe.engine:
         case Transformers(slots=slots, dtype=dtype):
@@ -156,6 +166,8 @@ def _objective(recipe: Recipe) -> str:
     if recipe.objective is None:
         return f"the host's own loss, {recipe.trainer.get('loss_type')}"
     terms = [f"{name} ({type(term).__name__})" for name, term in recipe.objective.terms.items()]
+    if recipe.supervised is not None:
+        return " + ".join(terms)
     advantage = recipe.advantage or recipe.objective.advantage
     return f"{' + '.join(terms)}; advantage {'of the host' if advantage is None else type(advantage).__name__}"
 
@@ -166,22 +178,32 @@ def _sampler(recipe: Recipe, args: GRPOConfig) -> str:
     return f"vLLM by the host, {args.vllm_mode}" if args.use_vllm else "the host, with transformers"
 
 
-def _steps(recipe: Recipe, args: GRPOConfig) -> str:
+def _steps(recipe: Recipe, args: GRPOConfig | SFTConfig) -> str:
     accumulation, world = args.gradient_accumulation_steps, args.world_size
     rows = args.per_device_train_batch_size * accumulation * world
+    if isinstance(args, SFTConfig):
+        steps = args.max_steps if args.max_steps > 0 else round(recipe.prompts * args.num_train_epochs / rows)
+        return f"{steps} updates of {_batch(args, rows)}"
     generation = args.per_device_train_batch_size * args.steps_per_generation * world
     updates = args.steps_per_generation * args.num_iterations / accumulation
     steps = args.max_steps
     if steps <= 0:
         steps = round(recipe.prompts * args.num_generations * args.num_train_epochs * args.num_iterations / rows)
     return (
-        f"{steps} updates of {rows} rows ({args.per_device_train_batch_size} x {accumulation} on {world} "
-        f"{'process' if world == 1 else 'processes'}); {generation} completions of "
+        f"{steps} updates of {_batch(args, rows)}; {generation} completions of "
         f"{generation // args.num_generations} prompts at a time, for {updates:g} updates"
     )
 
 
-def _obstacles(recipe: Recipe, args: GRPOConfig, memory: Memory | None, device: Device) -> Iterator[str]:
+def _batch(args: GRPOConfig | SFTConfig, rows: int) -> str:
+    world = args.world_size
+    return (
+        f"{rows} rows ({args.per_device_train_batch_size} x {args.gradient_accumulation_steps} on {world} "
+        f"{'process' if world == 1 else 'processes'})"
+    )
+
+
+def _obstacles(recipe: Recipe, args: GRPOConfig | SFTConfig, memory: Memory | None, device: Device) -> Iterator[str]:
     if memory is not None and memory.total > device.memory:
         yield (
             f"memory: about {amount(memory.total)} are needed, {device.name} has {amount(device.memory)}: lower "
@@ -190,5 +212,6 @@ def _obstacles(recipe: Recipe, args: GRPOConfig, memory: Memory | None, device: 
         )
     if args.bf16 and not torch.cuda.is_available():
         yield "trainer.bf16: there is no GPU here; a run on this machine needs --trainer.bf16=false"
-    if (args.use_vllm or isinstance(recipe.engine, VLLM)) and find_spec("vllm") is None:
+    hosts_vllm = isinstance(args, GRPOConfig) and args.use_vllm
+    if (hosts_vllm or isinstance(recipe.engine, VLLM)) and find_spec("vllm") is None:
         yield "vLLM samples, and is not installed here: pip install 'rlstab[vllm]'"

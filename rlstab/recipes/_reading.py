@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_type_hints
 
@@ -17,7 +17,7 @@ from rlstab.recipes._faults import argument_kinds, find_fault
 from rlstab.recipes._recipe import Recipe
 from rlstab.recipes._tree import Tree, flat, hint, set_value
 from rlstab.tasks import EmbeddedTask, Reward
-from rlstab.trainers import GRPOConfig
+from rlstab.trainers import GRPOConfig, SFTConfig
 
 __all__ = ["ReadRecipe", "read_recipe", "recipe_parser"]
 
@@ -56,8 +56,11 @@ class ReadRecipe:
     text: str
 
 
-def recipe_parser() -> ArgumentParser:
+def recipe_parser(host: type[GRPOConfig] | type[SFTConfig] = GRPOConfig) -> ArgumentParser:
     """The parser of recipes: the fields of `Recipe`, with the host's trainer arguments under `trainer`.
+
+    Args:
+        host: the class of these; `SFTConfig` for supervised training.
 
     Example:
         >>> defaults = recipe_parser().get_defaults()
@@ -75,7 +78,8 @@ def recipe_parser() -> ArgumentParser:
         exit_on_error=False,
     )
     parser.add_class_arguments(Recipe, skip={"trainer"})
-    parser.add_class_arguments(GRPOConfig, "trainer", skip=set(OWNED), instantiate=False)
+    skipped = OWNED.keys() & {field.name for field in fields(host)}
+    parser.add_class_arguments(host, "trainer", skip=skipped, instantiate=False)
     return parser
 
 
@@ -113,15 +117,16 @@ def read_recipe(
         tree["output"] = _new_output(Path(path), resume)
     if tree.get("trainer") is None:
         tree["trainer"] = {}
+    host = GRPOConfig if tree.get("supervised") is None else SFTConfig
     if not isinstance(tree["trainer"], dict):
-        raise RecipeError(f"trainer: expected a mapping of GRPOConfig's arguments, got {tree['trainer']!r}")
-    parser = recipe_parser()
+        raise RecipeError(f"trainer: expected a mapping of {host.__name__}'s arguments, got {tree['trainer']!r}")
+    parser = recipe_parser(host)
     try:
         parsed = parser.parse_object(deepcopy(tree))
         built = parser.instantiate(parsed)
         recipe = Recipe(**{**vars(built), "trainer": vars(parsed.trainer)})
     except (ArgumentError, ValueError) as error:
-        raise RecipeError(f"{_fault(tree) or ' '.join(str(error).split())}") from error
+        raise RecipeError(f"{_fault(tree, host) or ' '.join(str(error).split())}") from error
     _refuse_lost_text(tree, parsed.as_dict())
     return ReadRecipe(recipe=recipe, text=parser.dump(parsed))
 
@@ -160,7 +165,7 @@ def _complete_objective(tree: Tree) -> None:
                 del terms[name]
 
 
-def _fault(tree: Tree) -> str | None:
+def _fault(tree: Tree, host: type[GRPOConfig] | type[SFTConfig]) -> str | None:
     """A message on the first thing in a recipe that does not fit."""
     kinds = argument_kinds(Recipe)
     for key, value in tree.items():
@@ -169,21 +174,21 @@ def _fault(tree: Tree) -> str | None:
     for key in ("model", "task"):
         if tree.get(key) is None:
             return f"{key}: a recipe needs it, with a class_path and its init_args"
-    if fault := _trainer_fault(tree["trainer"]):
+    if fault := _trainer_fault(tree["trainer"], host):
         return fault
     found = (find_fault(key, value, kinds[key]) for key, value in tree.items() if key != "trainer")
     return next(filter(None, found), None)
 
 
-def _trainer_fault(block: Tree) -> str | None:
-    kinds = get_type_hints(GRPOConfig)
+def _trainer_fault(block: Tree, host: type[GRPOConfig] | type[SFTConfig]) -> str | None:
+    kinds = get_type_hints(host)
     own = [key for key in kinds if key not in OWNED]
     for key, value in block.items():
         if key in OWNED:
             return f"trainer.{key}: not here (value {value!r}); {OWNED[key]}"
         if key not in kinds:
             near = hint(key, own, listed_by="rlstab train --list-keys")
-            return f"trainer.{key}: GRPOConfig has no argument {key!r} (value {value!r}); {near}"
+            return f"trainer.{key}: {host.__name__} has no argument {key!r} (value {value!r}); {near}"
     return next(
         filter(None, (find_fault(f"trainer.{key}", item, kinds[key], build=False) for key, item in block.items())), None
     )

@@ -14,6 +14,7 @@ from rlstab.recipes._environments import EnvironmentSource
 from rlstab.recipes._expert import ExpertRows
 from rlstab.recipes._gradients import OptimizerSource
 from rlstab.recipes._models import LoRA, ModelSource
+from rlstab.recipes._supervised import Supervised, refuse_rollouts
 from rlstab.recipes._warmup import WarmUp
 from rlstab.tasks import Correct, EmbeddedTask, Reward, Task, reward_functions
 from rlstab.trainers import Guidance, Replay, Resample, Reset, Signals, TeacherServer
@@ -32,6 +33,8 @@ class HeldOut:
         temperature: sampling temperature.
         every: also evaluate after every so many optimizer steps; None does not.
         batch_size: most completions sampled at once.
+        max_new_tokens: longest completion, in tokens; None for the trainer's `max_completion_length`, and where nothing
+            is sampled in training for that of an embedded task's solutions.
 
     Example:
         >>> HeldOut(prompts=50, samples=4, ks=(1, 4)).ks
@@ -44,6 +47,7 @@ class HeldOut:
     temperature: float = 1.0
     every: int | None = None
     batch_size: int = 512
+    max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
         checks = {
@@ -53,6 +57,11 @@ class HeldOut:
             "temperature": (self.temperature, self.temperature > 0, "a positive number"),
             "every": (self.every, self.every is None or self.every >= 1, "at least 1, or null"),
             "batch_size": (self.batch_size, self.batch_size >= 1, "at least 1"),
+            "max_new_tokens": (
+                self.max_new_tokens,
+                self.max_new_tokens is None or self.max_new_tokens >= 1,
+                "at least 1, or null",
+            ),
         }
         for key, (value, holds, wanted) in checks.items():
             if not holds:
@@ -77,6 +86,7 @@ class Recipe:
         gradients: what every gradient passes before the update, in turn, such as `[SkipSpikes, ZClip]`. They have to
             see it unclipped, so `trainer.max_grad_norm` is 0 beside them.
         optimizer: an optimizer that holds out spikes; None leaves it to the trainer's arguments (`optim`).
+        supervised: train on demonstrations alone instead of rollouts, without the keys that act on these; None for RL.
         buffer: completions of the policy before training, for terms with `rows: buffer`; None samples none.
         demonstrations: completions of an expert as rows of their own, for terms with `rows: demonstration`; None: none.
         guidance: how much of an expert's demonstration rollouts begin with, such as `MicroGroups`; None for nothing.
@@ -87,7 +97,8 @@ class Recipe:
         warmup: supervised warm-up on the task's demonstrations; None starts from the model as it is.
         evaluation: evaluation on held-out prompts.
         signals: what the trainer measures beside the loss; None for nothing.
-        trainer: arguments of the host's `GRPOConfig` by name; output folder and seed are the recipe's own.
+        trainer: arguments of the host's `GRPOConfig` (`SFTConfig` where supervised) by name;
+            output folder and seed are the recipe's own.
         prompts: number of training prompts, drawn once; training goes through them again and again.
         output: run folder; None stands for a new one below `runs/` when a recipe file is read.
         seed: seed of weights, prompts, warm-up, training and evaluation.
@@ -112,6 +123,7 @@ class Recipe:
     replay: Replay | None = None
     gradients: Sequence[GradientStabiliser] = ()
     optimizer: OptimizerSource | None = None
+    supervised: Supervised | None = None
     buffer: BufferSource | None = None
     demonstrations: ExpertRows | None = None
     guidance: Guidance | None = None
@@ -134,6 +146,7 @@ class Recipe:
                 f"warmup: {type(self.task).__name__} has no demonstrations to warm up on, embedded tasks do; "
                 "set warmup: null"
             )
+        refuse_rollouts(self)
         if self.rewards is not None and self.trainer.get("reward_weights") is not None:
             raise RecipeError("trainer.reward_weights: not beside rewards; set the `weight` of each part instead")
         reward_functions(self.named_rewards, self.task)

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from rlstab.errors import RecipeError
-from rlstab.recipes._arguments import check_recipe, host_errors, trainer_arguments
+from rlstab.recipes._arguments import check_recipe, host_arguments, host_errors
 from rlstab.recipes._beside import beside
 from rlstab.recipes._gradients import Updates
 from rlstab.recipes._held_out import HeldOutExam
@@ -24,6 +24,7 @@ from rlstab.recipes._models import LoadedModel, PretrainedModel
 from rlstab.recipes._plan import plan_checked
 from rlstab.recipes._reading import ReadRecipe
 from rlstab.recipes._recipe import Recipe
+from rlstab.recipes._supervised import LoggedProgress, longest_completion, supervised_trainer
 from rlstab.recipes._tree import changed_keys
 from rlstab.recipes._warmup import WarmUp, warm_up
 from rlstab.record import RunFolder
@@ -34,7 +35,9 @@ from rlstab.trainers import (
     GRPOConfig,
     Periodically,
     ProgressCallback,
+    SFTConfig,
     StableGRPOTrainer,
+    TrustRegionSFTTrainer,
     latest_checkpoint,
 )
 
@@ -80,7 +83,7 @@ def run_recipe(read: ReadRecipe, *, resume: bool = False, console: Console | Non
     recipe, output = read.recipe, _output(read)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    args = trainer_arguments(recipe, output)
+    args = host_arguments(recipe, output)
     checked = check_recipe(recipe, args)
     if main:
         plan_checked(recipe, args, checked.references).warn(console)
@@ -93,7 +96,7 @@ def run_recipe(read: ReadRecipe, *, resume: bool = False, console: Console | Non
         return Outcome(folder=RunFolder.open(output), interrupted=interrupted)
     run.folder.append_event("interrupted" if interrupted else "finished")
     _conclude(run.folder, interrupted, console)
-    if run.trainer is not None:
+    if isinstance(run.trainer, StableGRPOTrainer):
         run.trainer.send_report(run.folder.report)
     return Outcome(folder=run.folder, interrupted=interrupted)
 
@@ -141,7 +144,7 @@ class _Run:
     def __init__(
         self,
         recipe: Recipe,
-        args: GRPOConfig,
+        args: GRPOConfig | SFTConfig,
         updates: Updates,
         output: Path,
         folder: RunFolder | None,
@@ -153,11 +156,11 @@ class _Run:
         self.output = output
         self.folder = folder
         self.console = console
-        self.trainer: StableGRPOTrainer | None = None
+        self.trainer: StableGRPOTrainer | TrustRegionSFTTrainer | None = None
         #: Whether no process holds the whole policy, so that none can sample from it by itself.
         self.sharded = Sharding.of_launch().weights > 1
         self.exam = HeldOutExam(
-            recipe=recipe, max_new_tokens=args.max_completion_length, load_initial=lambda: self._start().model
+            recipe=recipe, max_new_tokens=longest_completion(recipe, args), load_initial=lambda: self._start().model
         )
 
     def go(self, *, resume: bool) -> bool:
@@ -170,9 +173,11 @@ class _Run:
         if checkpoint is not None and _is_finished(checkpoint, self.args):
             self._evaluate_finished(checkpoint)
             return False
-        if resume and checkpoint is None and self.folder is not None:
-            self.folder.resume_at(0)
-        progress, stop = ProgressCallback(self.console), GracefulStop(self.console)
+        supervised = self.recipe.supervised is not None
+        if resume and self.folder is not None and (checkpoint is None or supervised):
+            self.folder.resume_at(0 if checkpoint is None else _step_of(checkpoint))
+        progress = (LoggedProgress if supervised else ProgressCallback)(self.console)
+        stop = GracefulStop(self.console)
         trainer = self.trainer = self._trainer([progress, stop])
         policy, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
         self._evaluate("before", 0, policy, tokenizer)
@@ -187,21 +192,39 @@ class _Run:
         trainer.accelerator.wait_for_everyone()
         return stop.requested
 
-    def _trainer(self, callbacks: list[Any]) -> StableGRPOTrainer:
+    def _trainer(self, callbacks: list[Any]) -> StableGRPOTrainer | TrustRegionSFTTrainer:
         recipe = self.recipe
         with self.args.main_process_first(local=False):
             match recipe:
                 case Recipe(warmup=WarmUp() as settings, task=EmbeddedTask() as task) if not self._warmed.is_dir():
                     self._warm_up(settings, task)
+        trainer = self._made(callbacks)
+        trainer.remove_callback(PrinterCallback)
+        self.updates.attach(trainer)
+        if self.folder is not None and recipe.evaluation.every is not None and not self.sharded:
+            policy, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
+            append = self.folder.append_metrics
+            trainer.add_callback(
+                Periodically(recipe.evaluation.every, lambda step: append(step, self.exam.take(policy, tokenizer)[0]))
+            )
+        return trainer
+
+    def _made(self, callbacks: list[Any]) -> StableGRPOTrainer | TrustRegionSFTTrainer:
+        """The trainer, on rollouts or on demonstrations."""
+        recipe, args = self.recipe, self.args
+        if isinstance(args, SFTConfig):
+            assert recipe.supervised is not None
+            with host_errors():
+                return supervised_trainer(recipe, recipe.supervised, args, self._start, self.folder, callbacks)
         data = recipe.task.prompts(recipe.prompts, split="train", seed=recipe.seed)
-        data, others = beside(recipe, self.args, data, self._start, self.output / "buffer")
+        data, others = beside(recipe, args, data, self._start, self.output / "buffer")
         model, tokenizer = self._start()
         set_seed(recipe.seed)
         with host_errors():
-            trainer = StableGRPOTrainer(
+            return StableGRPOTrainer(
                 model,
                 reward_functions(recipe.named_rewards, recipe.task),
-                self.args,
+                args,
                 objective=recipe.objective,
                 advantage=recipe.advantage,
                 signals=recipe.signals,
@@ -215,15 +238,6 @@ class _Run:
                 peft_config=None if recipe.adapter is None else recipe.adapter.config(),
                 **others,
             )
-        trainer.remove_callback(PrinterCallback)
-        self.updates.attach(trainer)
-        if self.folder is not None and recipe.evaluation.every is not None and not self.sharded:
-            policy = trainer.accelerator.unwrap_model(trainer.model)
-            append = self.folder.append_metrics
-            trainer.add_callback(
-                Periodically(recipe.evaluation.every, lambda step: append(step, self.exam.take(policy, tokenizer)[0]))
-            )
-        return trainer
 
     def _start(self) -> LoadedModel:
         """The policy that training starts from: as it is loaded, or as it came out of the warm-up."""
@@ -281,11 +295,14 @@ class _Run:
             policy = PretrainedModel(name=str(checkpoint)).load(self.recipe.task, seed=self.recipe.seed).model
         else:
             policy = PeftModel.from_pretrained(start, checkpoint)
-        step = int(checkpoint.name.rpartition("-")[2])
-        self._evaluate("after", step, policy.to(self.args.device), tokenizer)
+        self._evaluate("after", _step_of(checkpoint), policy.to(self.args.device), tokenizer)
 
 
-def _is_finished(checkpoint: Path, args: GRPOConfig) -> bool:
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _is_finished(checkpoint: Path, args: GRPOConfig | SFTConfig) -> bool:
     """Whether a checkpoint is that of the last step that the arguments ask for."""
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     if args.max_steps > 0:

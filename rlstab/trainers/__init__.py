@@ -30,6 +30,7 @@ from rlstab.trainers._reset import Reset
 from rlstab.trainers._rloo import StableRLOOTrainer
 from rlstab.trainers._routing import Replay
 from rlstab.trainers._sft import TrustRegionSFTTrainer
+from rlstab.trainers._sft_rules import check_supervised
 from rlstab.trainers._signals import Signals
 from rlstab.trainers._stop import GracefulStop
 from rlstab.trainers._supply import Supply
@@ -74,6 +75,7 @@ __all__ = [
     "Watch",
     "WholeDemonstrations",
     "check_composition",
+    "check_supervised",
     "check_unclipped",
     "latest_checkpoint",
     "watch",

@@ -16,6 +16,7 @@ __all__ = ["ProgressCallback"]
 
 SHOWN = {
     "reward": ("train/reward", ".3f"),
+    "loss": ("train/loss", ".3f"),
     "KL": ("drift/initial/kl", ".2g"),
     "entropy": ("policy/entropy", ".3f"),
     "mismatch": ("mismatch/k3", ".1e"),

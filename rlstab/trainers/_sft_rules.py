@@ -16,7 +16,7 @@ from rlstab.trainers._host import SFTConfig
 if TYPE_CHECKING:
     from rlstab.trainers._sft import TrustRegionSFTTrainer
 
-__all__ = ["check_host", "checked_period", "notice_inert_parts", "resolve", "streamed"]
+__all__ = ["check_host", "check_supervised", "checked_period", "notice_inert_parts", "resolve", "streamed"]
 
 logger = logging.getLogger("rlstab")
 
@@ -53,6 +53,27 @@ def resolve(objective: Objective | Term | None, args: SFTConfig | None, given: M
         )
     _check_terms(objective)
     return objective
+
+
+def check_supervised(objective: Objective | Term | None, args: SFTConfig) -> set[str]:
+    """Refuse, before a model is loaded, an objective that `TrustRegionSFTTrainer` would refuse with these arguments.
+
+    Args:
+        objective: the loss; None stands for that of `args`.
+        args: the host's arguments.
+
+    Returns:
+        The earlier policies that the trainer will keep, by the names of their sources.
+
+    Raises:
+        ConfigError: for what cannot be honoured, with the reason and the remedy.
+
+    Example:
+        >>> check_supervised(presets.psft(), SFTConfig("runs/a", bf16=False))
+        {'old'}
+    """
+    needs = resolve(objective, args, {}).requires
+    return {need.source for need in needs if isinstance(need, LogProbs | ExactDivergence)} - {"policy"}
 
 
 def _check_terms(objective: Objective) -> None:
