@@ -101,57 +101,100 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _parser() -> ArgumentParser:
-    train = ArgumentParser(description=TRAIN_HELP)
-    train.add_argument("recipe", type=str, nargs="?", help="YAML file")
-    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the recipe's output")
-    train.add_argument("--dry-run", action="store_true", help="check the recipe, print it resolved and what it will do")
-    train.add_argument("--list-keys", action="store_true", help="list the keys of a recipe, and stop")
-    report = ArgumentParser(
+def _train_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=TRAIN_HELP)
+    parser.add_argument("recipe", type=str, nargs="?", help="YAML file")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the recipe's output")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check the recipe, print it resolved and what it will do"
+    )
+    parser.add_argument("--list-keys", action="store_true", help="list the keys of a recipe, and stop")
+    return parser
+
+
+def _report_parser() -> ArgumentParser:
+    parser = ArgumentParser(
         description="Write plots and report.html of a run anew, and print the table before → after. Several runs are "
         "compared with the first, on one page; runs of any origin will do."
     )
-    report.add_argument("runs", type=str, nargs="+", help="run folder, or what `rlstab diagnose` reads")
-    report.add_argument("--output", type=str | None, default=None, help="page to write (report.html of a run folder)")
-    diagnose = ArgumentParser(description=DIAGNOSE_HELP)
-    diagnose.add_argument(
+    parser.add_argument("runs", type=str, nargs="+", help="run folder, or what `rlstab diagnose` reads")
+    parser.add_argument("--output", type=str | None, default=None, help="page to write (report.html of a run folder)")
+    return parser
+
+
+def _diagnose_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=DIAGNOSE_HELP)
+    parser.add_argument(
         "run", type=str, help="run folder, trainer_state.json, .csv, .jsonl, TensorBoard, wandb, trackio"
     )
-    diagnose.add_argument("--json", action="store_true", help="print one JSON object")
-    diagnose.add_argument(
-        "--fix", type=str | None, default=None, help="write the recipe with the first cause's changes"
-    )
-    diagnose.add_argument("--columns", type=dict[str, str], default={}, help="of a table: {train/reward: my_column}")
-    diagnose.add_argument("--name", type=str | None, default=None, help="which run of a store that holds several")
-    watch = ArgumentParser(description="Show a run in the terminal while it runs, or after. Needs the extra `watch`.")
-    watch.add_argument("run", type=str, help="run folder")
-    check = ArgumentParser(description=CHECK_HELP)
-    check.add_argument("model", type=str, help="folder or name of a checkpoint")
-    check.add_argument("--engine", choices=["vllm", "server", "transformers"], default="vllm", help="what samples")
-    check.add_argument("--url", type=str | None, default=None, help="of a running server; by default one is started")
-    check.add_argument("--key-file", type=str | None, default=None, help=KEY_FILE_HELP)
-    check.add_argument("--dtype", choices=DTYPES, default=None, help="precision of the trainer; the checkpoint's")
-    check.add_argument("--engine-dtype", choices=DTYPES, default=None, help="precision of the engine; the trainer's")
-    check.add_argument("--arguments", type=dict, default={}, help="arguments of vLLM, as in '{max_model_len: 512}'")
-    check.add_argument("--temperature", type=float, default=1.0, help="temperature to sample at")
-    check.add_argument("--tokens", type=int, default=64, help="longest completion; 64 are sampled")
-    check.add_argument("--seed", type=int, default=0, help="seed of prompts and samples")
-    serve = ArgumentParser(description=SERVE_HELP)
-    serve.add_argument("model", type=str, help="folder or name of a checkpoint")
-    serve.add_argument("--host", type=str, default="127.0.0.1", help="address to bind; any other needs a key")
-    serve.add_argument("--port", type=int, default=8000, help="port to bind; 0 takes a free one")
-    serve.add_argument("--key-file", type=str | None, default=None, help=KEY_FILE_HELP)
-    serve.add_argument("--dtype", choices=DTYPES, default=None, help="precision to sample in; the checkpoint's")
-    serve.add_argument("--transfer", choices=["file", "nccl"], default="file", help="how new weights come")
-    serve.add_argument("--in-flight", choices=["keep", "wait", "abort"], default="keep", help="requests at a sync")
-    serve.add_argument("--patience", type=float, default=300.0, help="seconds without a token until it ends itself")
-    serve.add_argument("--kept-limit", type=int, default=1024, help="most tokens recorded of a kept set")
-    serve.add_argument("--repair", type=bool, default=True, help="of what vLLM's CPU backend leaves stale")
-    serve.add_argument("--arguments", type=dict, default={}, help="arguments of vLLM, as in '{max_model_len: 512}'")
-    buffer = ArgumentParser(description=BUFFER_HELP)
-    buffer.add_argument("recipe", type=str, help="YAML file, with the key `buffer`")
-    buffer.add_argument("--output", type=str, required=True, help="folder of the buffer")
-    methods = ArgumentParser(description="List the parts of an objective and the presets, with their papers.")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--fix", type=str | None, default=None, help="write the recipe with the first cause's changes")
+    parser.add_argument("--columns", type=dict[str, str], default={}, help="of a table: {train/reward: my_column}")
+    parser.add_argument("--name", type=str | None, default=None, help="which run of a store that holds several")
+    return parser
+
+
+def _watch_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Show a run in the terminal while it runs, or after. Needs the extra `watch`.")
+    parser.add_argument("run", type=str, help="run folder")
+    return parser
+
+
+def _check_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=CHECK_HELP)
+    parser.add_argument("model", type=str, help="folder or name of a checkpoint")
+    parser.add_argument("--engine", choices=["vllm", "server", "transformers"], default="vllm", help="what samples")
+    parser.add_argument("--url", type=str | None, default=None, help="of a running server; by default one is started")
+    parser.add_argument("--key-file", type=str | None, default=None, help=KEY_FILE_HELP)
+    parser.add_argument("--dtype", choices=DTYPES, default=None, help="precision of the trainer; the checkpoint's")
+    parser.add_argument("--engine-dtype", choices=DTYPES, default=None, help="precision of the engine; the trainer's")
+    parser.add_argument("--arguments", type=dict, default={}, help="arguments of vLLM, as in '{max_model_len: 512}'")
+    parser.add_argument("--temperature", type=float, default=1.0, help="temperature to sample at")
+    parser.add_argument("--tokens", type=int, default=64, help="longest completion; 64 are sampled")
+    parser.add_argument("--seed", type=int, default=0, help="seed of prompts and samples")
+    return parser
+
+
+def _serve_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=SERVE_HELP)
+    parser.add_argument("model", type=str, help="folder or name of a checkpoint")
+    parser.add_argument("--host", type=str, default="127.0.0.1", help="address to bind; any other needs a key")
+    parser.add_argument("--port", type=int, default=8000, help="port to bind; 0 takes a free one")
+    parser.add_argument("--key-file", type=str | None, default=None, help=KEY_FILE_HELP)
+    parser.add_argument("--dtype", choices=DTYPES, default=None, help="precision to sample in; the checkpoint's")
+    parser.add_argument("--transfer", choices=["file", "nccl"], default="file", help="how new weights come")
+    parser.add_argument("--in-flight", choices=["keep", "wait", "abort"], default="keep", help="requests at a sync")
+    parser.add_argument("--patience", type=float, default=300.0, help="seconds without a token until it ends itself")
+    parser.add_argument("--kept-limit", type=int, default=1024, help="most tokens recorded of a kept set")
+    parser.add_argument("--repair", type=bool, default=True, help="of what vLLM's CPU backend leaves stale")
+    parser.add_argument("--arguments", type=dict, default={}, help="arguments of vLLM, as in '{max_model_len: 512}'")
+    return parser
+
+
+def _buffer_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=BUFFER_HELP)
+    parser.add_argument("recipe", type=str, help="YAML file, with the key `buffer`")
+    parser.add_argument("--output", type=str, required=True, help="folder of the buffer")
+    return parser
+
+
+def _methods_parser() -> ArgumentParser:
+    return ArgumentParser(description="List the parts of an objective and the presets, with their papers.")
+
+
+COMMANDS = {
+    "train": (_train_parser, "train as a recipe says"),
+    "report": (_report_parser, "write the report of a run anew"),
+    "diagnose": (_diagnose_parser, "say what is wrong with a run, and why"),
+    "watch": (_watch_parser, "show a run in the terminal, live"),
+    "check": (_check_parser, "compare a rollout engine with the trainer's model"),
+    "serve": (_serve_parser, "serve a model to trainers, with vLLM"),
+    "buffer": (_buffer_parser, "sample what the policy does well before it is trained"),
+    "methods": (_methods_parser, "list parts, presets and their papers"),
+}
+
+
+def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="rlstab",
         version=rlstab.__version__,
@@ -159,14 +202,8 @@ def _parser() -> ArgumentParser:
         exit_on_error=False,
     )
     commands = parser.add_subcommands(dest="command")
-    commands.add_subcommand("train", train, help="train as a recipe says")
-    commands.add_subcommand("report", report, help="write the report of a run anew")
-    commands.add_subcommand("diagnose", diagnose, help="say what is wrong with a run, and why")
-    commands.add_subcommand("watch", watch, help="show a run in the terminal, live")
-    commands.add_subcommand("check", check, help="compare a rollout engine with the trainer's model")
-    commands.add_subcommand("serve", serve, help="serve a model to trainers, with vLLM")
-    commands.add_subcommand("buffer", buffer, help="sample what the policy does well before it is trained")
-    commands.add_subcommand("methods", methods, help="list parts, presets and their papers")
+    for name, (of, says) in COMMANDS.items():
+        commands.add_subcommand(name, of(), help=says)
     return parser
 
 
