@@ -62,7 +62,8 @@ def with_demonstrations(recipe: "Recipe", data: Dataset) -> Dataset:
     """
     noise = 0.0 if recipe.demonstrations is None else recipe.demonstrations.noise
     wanted = [] if recipe.demonstrations is None else [recipe.demonstrations.column]
-    wanted += [] if recipe.guidance is None else [recipe.guidance.demonstration]
+    if recipe.guidance is not None:
+        wanted += [recipe.guidance.column(turn) for turn in range(recipe.guidance.turns)]
     for column in dict.fromkeys(wanted):
         if column in data.column_names:
             continue

@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 ROLE = "demonstration"
+BREAK = "\n\n"
 #: What the rows of prefixes bring along.
 CARRIED: frozenset[Requirement] = frozenset({Column("advantages"), Column("rewards"), Column("group")})
 
@@ -93,6 +94,19 @@ class Guidance(ABC):
     def trains_prefixes(self) -> bool:
         """Whether prefixes are trained on as tokens of their rollouts, with the rollouts' advantage."""
         return False
+
+    def column(self, turn: int) -> str:
+        """The column of the demonstration that rollouts of this turn begin with; `demonstration` where it is empty."""
+        return self.demonstration
+
+    def cut(self, share: float, pieces: Sequence[str]) -> int:
+        """How many tokens of a demonstration a share of less than 1 is.
+
+        Args:
+            share: of the tokens, at least 0.
+            pieces: the text of each token.
+        """
+        return int(share * len(pieces))
 
     def check(self, group: int) -> None:  # noqa: B027
         """Refuse a number of rollouts per prompt that the schedule does not fit."""
@@ -272,13 +286,16 @@ class MicroGroups(Guidance):
     compared with the group's threshold: below it the group begins with its share of the demonstration, else with none.
     A share of 1 is the demonstration itself.
 
-    The released code has other numbers, shares of 0, 0.25, 0.5, 1 and thresholds of 0.5, 4/6 and 1, moves a cut to the
-    next break between paragraphs, and gives the last group a second demonstration.
+    These are the paper's numbers. Those of its code are `shares=(0, 0.25, 0.5, 1)` and
+    `thresholds=(-1, 0.5, 4 / 6, 1)`, with `paragraphs=True`, and `second` for another demonstration of the problem.
 
     Args:
         sizes: rollouts of each group.
         shares: how much of the demonstration each group may begin with.
         thresholds: below which success rate it does; -1 never.
+        paragraphs: whether a prefix goes on to the end of its paragraph.
+        reach: by how much of the demonstration it may grow so; where the paragraph is longer, it stays as it is.
+        second: column of another demonstration, for the last group; None for the same.
 
     Raises:
         ConfigError: for lists of different lengths, or numbers out of range.
@@ -294,6 +311,9 @@ class MicroGroups(Guidance):
     sizes: Sequence[int] = (4, 2, 1, 1)
     shares: Sequence[float] = (0.0, 0.2, 0.5, 1.0)
     thresholds: Sequence[float] = (-1.0, 0.5, 0.7, 0.9)
+    paragraphs: bool = False
+    reach: float = 0.3
+    second: str | None = None
 
     def __post_init__(self) -> None:
         if not len(self.sizes) == len(self.shares) == len(self.thresholds) >= 1:
@@ -306,11 +326,29 @@ class MicroGroups(Guidance):
                 f"MicroGroups: expected sizes of at least 1 and shares from 0 to 1, got {list(self.sizes)} and "
                 f"{list(self.shares)}"
             )
+        if not 0 <= self.reach <= 1:
+            raise ConfigError(f"MicroGroups.reach: expected a share from 0 to 1, got {self.reach}")
 
     @property
     def turns(self) -> int:
         """One for each group."""
         return len(self.sizes)
+
+    def column(self, turn: int) -> str:
+        """That of the second demonstration for the last group, if there is one."""
+        return self.second if self.second is not None and turn == self.turns - 1 else self.demonstration
+
+    def cut(self, share: float, pieces: Sequence[str]) -> int:
+        """The share in whole tokens, or what ends with the next break between paragraphs."""
+        tokens = super().cut(share, pieces)
+        if not self.paragraphs or tokens == 0:
+            return tokens
+        text = ""
+        for place, piece in enumerate(pieces[: super().cut(min(share + self.reach, 1.0), pieces)], start=1):
+            text = text[-1:] + piece
+            if place >= tokens and BREAK in text:
+                return place
+        return tokens
 
     def check(self, group: int) -> None:
         """The sizes add up to the rollouts of a prompt."""

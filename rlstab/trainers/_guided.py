@@ -100,15 +100,16 @@ class Guided:
         guidance, trainer = self._guidance, self._trainer
         assert guidance is not None
         size = trainer.num_generations
-        demonstrations = [
-            demonstration_ids(row.get(guidance.demonstration), trainer._tokenizer) for row in rows[::size]
-        ]
-        groups = [self._progress(number, size) for number in range(len(demonstrations))]
+        first = self._demonstrations(guidance.demonstration, rows[::size])
+        groups = [self._progress(number, size) for number in range(len(first))]
         kept: dict[int, Draft] = {}
         for turn in range(guidance.turns):
+            column = guidance.column(turn)
+            other = first if column == guidance.demonstration else self._demonstrations(column, rows[::size])
+            demonstrations = [theirs or ours for theirs, ours in zip(other, first, strict=True)]
             plans = [self._plan(turn, group, bool(ids)) for group, ids in zip(groups, demonstrations, strict=True)]
             asked = {
-                number * size + rollout: _prefix(demonstrations[number], share, self._longest)
+                number * size + rollout: self._prefix(demonstrations[number], share)
                 for number, plan in enumerate(plans)
                 for rollout, share in plan.items()
             }
@@ -121,8 +122,19 @@ class Guided:
                     row = number * size + rollout
                     if row not in kept or group.succeeded[-1]:
                         kept[row], group.passed[rollout] = drafts[row], passed.get(row)
-        self._log(kept, demonstrations)
+        self._log(kept, first)
         return kept
+
+    def _demonstrations(self, column: str, rows: Rows) -> list[list[int]]:
+        return [demonstration_ids(row.get(column), self._trainer._tokenizer) for row in rows]
+
+    def _prefix(self, ids: Sequence[int], share: float) -> list[int]:
+        """So much of a demonstration, in whole tokens; all of it with its end."""
+        assert self._guidance is not None
+        if 0 < share < 1:
+            pieces = self._trainer._tokenizer.batch_decode([[token] for token in ids])
+            return list(ids[: min(self._longest, self._guidance.cut(share, pieces))])
+        return list(ids[: self._longest]) if share >= 1 else []
 
     @property
     def _longest(self) -> int:
@@ -206,7 +218,7 @@ class Guided:
         """The first rollout of each prompt with each of its prefixes."""
         size, seen, first = self._trainer.num_generations, set(), []
         for row, draft in enumerate(self._drafts):
-            key = (row // size, draft.prefix)
+            key = (row // size, tuple(draft.ids[: draft.prefix]))
             first.append(draft.prefix > 0 and key not in seen)
             seen.add(key)
         return torch.tensor(first, device=device)
@@ -253,11 +265,6 @@ class Guided:
             return self._step_tokens
         accumulation: float = self._trainer._accumulation()
         return mask.sum() * accumulation
-
-
-def _prefix(ids: Sequence[int], share: float, longest: int) -> list[int]:
-    """So much of a demonstration, in whole tokens; all of it with its end."""
-    return list(ids[: min(longest, len(ids) if share >= 1 else int(share * len(ids)))])
 
 
 def _check(trainer: Any, guidance: Guidance) -> None:

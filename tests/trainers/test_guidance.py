@@ -46,14 +46,15 @@ from rlstab.trainers import (
     WholeDemonstrations,
 )
 
-EXPERT = "31415926"
+EXPERT, OTHER = "31415926", "27182818"
 GROUP = 4
 PROMPTS = [f"{i}+{i}=" for i in range(6)]
 SETTINGS: dict[str, Any] = {"max_completion_length": 9, "max_steps": 2, "per_device_train_batch_size": 8}
 
 
 def data(expert: str | None = EXPERT) -> Dataset:
-    return Dataset.from_dict({"prompt": PROMPTS, "demonstration": [expert] * len(PROMPTS)})
+    others = [OTHER if place else None for place in range(len(PROMPTS))]
+    return Dataset.from_dict({"prompt": PROMPTS, "demonstration": [expert] * len(PROMPTS), "other": others})
 
 
 def progress(passed: list[bool | None], **more: Any) -> Progress:
@@ -99,6 +100,17 @@ def test_micro_groups_are_guided_as_in_the_vector() -> None:
         assert found[0] == 0
         levels.append(found[1:])
     assert levels == vector["expected"]["hint_level_of_group_2_3_4"]
+
+
+def test_a_prefix_may_go_on_to_the_end_of_its_paragraph() -> None:
+    pieces = ["So", ",", "\n\n", "then", " it", ".\n", "\n", "is", " so", "."]
+    guidance = MicroGroups(paragraphs=True)
+    shares = [0.0, 0.1, 0.3, 0.31, 0.5, 0.7, 0.8]
+    assert [guidance.cut(share, pieces) for share in shares] == [0, 3, 3, 3, 7, 7, 8]
+    assert [MicroGroups(paragraphs=True, reach=0.1).cut(share, pieces) for share in shares] == [0, 1, 3, 3, 5, 7, 8]
+    assert [MicroGroups().cut(share, pieces) for share in shares] == [0, 1, 3, 3, 5, 7, 8]
+    with pytest.raises(ConfigError, match=r"MicroGroups\.reach: expected a share from 0 to 1, got 2"):
+        MicroGroups(reach=2)
 
 
 @pytest.mark.parametrize("needed", [0.1, 0.3, 0.5, 0.9, 2.0])
@@ -212,7 +224,10 @@ def test_the_gradient_of_prefixes_is_that_of_a_pass_of_their_own(tmp_path: Path)
 
 
 def test_later_rollouts_are_guided_where_earlier_ones_fail(tmp_path: Path) -> None:
-    """Prompts with an even first digit are solved by anything, the others only by what the expert begins with."""
+    """Prompts with an even first digit are solved by anything, the others only by what the expert begins with.
+
+    The last rollout of a prompt is guided by another expert, if there is one.
+    """
 
     def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
         return [
@@ -221,10 +236,11 @@ def test_later_rollouts_are_guided_where_earlier_ones_fail(tmp_path: Path) -> No
         ]
 
     policy, imitation = SeenPolicy(), Seen()
-    guidance = MicroGroups(sizes=(2, 1, 1), shares=(0.0, 0.25, 0.5), thresholds=(-1.0, 0.5, 0.5))
+    guidance = MicroGroups(sizes=(2, 1, 1), shares=(0.0, 0.25, 0.5), thresholds=(-1.0, 0.5, 0.5), second="other")
     objective = Objective(policy=policy, imitation=imitation, advantage=GroupNorm())
     guided(tmp_path, objective, guidance, reward=reward).train()
     seen = {0: set[int](), 1: set[int]()}
+    begun: list[str] = []
     for rollouts in policy.seen:
         groups = rollouts.column("group")
         lengths = rollouts.part(EXPERT_PREFIX).sum(-1)
@@ -233,6 +249,10 @@ def test_later_rollouts_are_guided_where_earlier_ones_fail(tmp_path: Path) -> No
             solved = bool(rollouts.column("rewards")[groups == group].min() == 1)
             assert of_group == ([0, 0, 0, 0] if solved else [0, 0, 2, 4])
             seen[int(solved)].add(int(group))
+        for row in (lengths == 4).nonzero().flatten():
+            begun.append(TOKENIZER.decode(rollouts.column("token_ids")[row, :4]))
+    assert set(begun) <= {EXPERT[:4], OTHER[:4]}
+    assert OTHER[:4] in begun
     assert seen[0]
     assert seen[1]
 
