@@ -166,6 +166,7 @@ def _serve_parser() -> ArgumentParser:
     parser.add_argument("--in-flight", choices=["keep", "wait", "abort"], default="keep", help="requests at a sync")
     parser.add_argument("--patience", type=float, default=300.0, help="seconds without a token until it ends itself")
     parser.add_argument("--kept-limit", type=int, default=1024, help="most tokens recorded of a kept set")
+    parser.add_argument("--routes", type=bool, default=False, help="return the experts that every token went to")
     parser.add_argument("--repair", type=bool, default=True, help="of what vLLM's CPU backend leaves stale")
     parser.add_argument("--arguments", type=dict, default={}, help="arguments of vLLM, as in '{max_model_len: 512}'")
     return parser

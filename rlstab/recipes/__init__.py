@@ -3,7 +3,7 @@
 from rlstab.recipes._beside import WarmedUp
 from rlstab.recipes._buffer import BufferSource
 from rlstab.recipes._build_buffer import build_recipe_buffer
-from rlstab.recipes._engines import VLLM, EngineSource, Transformers, VLLMServer
+from rlstab.recipes._engines import VLLM, EngineSource, Overlapped, RayPool, Transformers, VLLMServer
 from rlstab.recipes._environments import Attempts, EnvironmentSource
 from rlstab.recipes._evaluate import Estimate, Evaluation, Example, evaluate
 from rlstab.recipes._expert import ExpertRows
@@ -36,8 +36,10 @@ __all__ = [
     "ModelSource",
     "OptimizerSource",
     "Outcome",
+    "Overlapped",
     "Plan",
     "PretrainedModel",
+    "RayPool",
     "ReadRecipe",
     "Recipe",
     "Sharding",

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from rlstab.recipes._arguments import check_recipe, host_arguments
-from rlstab.recipes._engines import VLLM, Transformers, VLLMServer
+from rlstab.recipes._engines import VLLM, EngineSource, Overlapped, RayPool, Transformers, VLLMServer
 from rlstab.recipes._memory import (
     Device,
     Memory,
@@ -132,19 +132,22 @@ def _memory(
         elif teacher is None and recipe.adapter is None and not source.startswith(OF_THE_POLICY):
             beside += size.parameters * size.bytes_each
     training = training_memory(size, args, Sharding.of_launch(), references=beside)
-    return Memory(**training, sampling=_sampling(recipe, args, size, device))
+    return Memory(**training, sampling=_sampling(recipe.engine, args, size, device))
 
 
-def _sampling(recipe: Recipe, args: GRPOConfig | SFTConfig, size: ModelSize, device: Device) -> float:
+def _sampling(engine: EngineSource | None, args: GRPOConfig | SFTConfig, size: ModelSize, device: Device) -> float:
     if isinstance(args, SFTConfig):
         return 0.0
     rows = args.per_device_train_batch_size * args.steps_per_generation
-    match recipe.engine:
+    match engine:
+        case Overlapped(engine=overlapped):
+            return _sampling(overlapped, args, size, device)
         case Transformers(slots=slots, dtype=dtype):
-            return sampling_memory(size, args, slots=min(slots, rows), copied=dtype)
+            copy = size.parameters * size.bytes_each if engine.copy and dtype is None else 0
+            return copy + sampling_memory(size, args, slots=min(slots, rows), copied=dtype)
         case VLLM(arguments=arguments):
             return device.memory * float(arguments.get("gpu_memory_utilization", VLLM_SHARE))
-        case VLLMServer():
+        case VLLMServer() | RayPool():
             return 0.0
     if args.use_vllm:
         return device.memory * args.vllm_gpu_memory_utilization if args.vllm_mode == "colocate" else 0.0
@@ -174,8 +177,15 @@ def _objective(recipe: Recipe) -> str:
 
 def _sampler(recipe: Recipe, args: GRPOConfig) -> str:
     if recipe.engine is not None:
-        return type(recipe.engine).__name__
+        return " of ".join(type(engine).__name__ for engine in _nested(recipe.engine))
     return f"vLLM by the host, {args.vllm_mode}" if args.use_vllm else "the host, with transformers"
+
+
+def _nested(engine: EngineSource | None) -> Iterator[EngineSource]:
+    """An engine, and those that work inside it."""
+    while engine is not None:
+        yield engine
+        engine = engine.engine if isinstance(engine, Overlapped | RayPool) else None
 
 
 def _steps(recipe: Recipe, args: GRPOConfig | SFTConfig) -> str:
@@ -212,6 +222,9 @@ def _obstacles(recipe: Recipe, args: GRPOConfig | SFTConfig, memory: Memory | No
         )
     if args.bf16 and not torch.cuda.is_available():
         yield "trainer.bf16: there is no GPU here; a run on this machine needs --trainer.bf16=false"
+    engines = list(_nested(recipe.engine))
     hosts_vllm = isinstance(args, GRPOConfig) and args.use_vllm
-    if (hosts_vllm or isinstance(recipe.engine, VLLM)) and find_spec("vllm") is None:
+    if (hosts_vllm or any(isinstance(engine, VLLM) for engine in engines)) and find_spec("vllm") is None:
         yield "vLLM samples, and is not installed here: pip install 'rlstab[vllm]'"
+    if any(isinstance(engine, RayPool) for engine in engines) and find_spec("ray") is None:
+        yield "Ray runs the engines, and is not installed here: pip install 'rlstab[ray]'"

@@ -294,11 +294,6 @@ class _Calls:
         ]
 
 
-def _delayed(rollout: Rollout, waited: float) -> Rollout:
-    timing = dataclasses.replace(rollout.timing, waiting=rollout.timing.waiting + waited)
-    return dataclasses.replace(rollout, timing=timing)
-
-
 def _seeded(requests: Sequence[Request], sampling: Sampling) -> Sequence[Request]:
     """Requests whose random streams do not depend on how the call is cut, where there is a seed."""
     if sampling.seed is None or not requests:

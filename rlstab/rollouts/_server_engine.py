@@ -31,6 +31,7 @@ from rlstab.rollouts._vllm_calls import check_images
 from rlstab.rollouts._vllm_settings import end_of_sequence
 from rlstab.rollouts._weight_file import Parcel, WeightFiles, check_shapes, parcel_of
 from rlstab.rollouts._weights import ModelWeights, WeightSource, base_model
+from rlstab.routing import Routers
 
 __all__ = ["VLLMServerEngine"]
 
@@ -72,12 +73,14 @@ class VLLMServerEngine(NamedEngine):
         key_file: file with the servers' key; by default it is read from the environment variable `RLSTAB_SERVER_KEY`.
         max_in_flight: most unfinished requests that a server is given.
         upload: upload weights even to servers that see the trainer's files.
+        routes: return the experts that every token went to, from servers that were started with `--routes true`.
         silence: seconds without a sign of life after which a server that samples is taken for dead.
         patience: seconds that a sync may take, and that all servers may be dead, before it is an error.
         name: id of the engine in rollouts and events.
 
     Raises:
-        ConfigError: if an address or a number makes no sense, if a server refuses the key, or if servers differ.
+        ConfigError: if an address or a number makes no sense, if a server refuses the key, if servers differ, or if
+            routes are asked of a dense model or of servers that return none.
         EngineError: if no server answers.
 
     Example:
@@ -96,6 +99,7 @@ class VLLMServerEngine(NamedEngine):
         key_file: str | os.PathLike[str] | None = None,
         max_in_flight: int = 256,
         upload: bool = False,
+        routes: bool = False,
         silence: float = 120.0,
         patience: float = 300.0,
         name: str = "vllm-server",
@@ -108,6 +112,7 @@ class VLLMServerEngine(NamedEngine):
         self._chunk = min(CHUNK, max_in_flight)
         self._stop_ids = end_of_sequence(model.generation_config, tokenizer)
         self._vocabulary: int = base_model(model).config.get_text_config().vocab_size
+        self._routers = Routers(model) if routes else None
         self._files = WeightFiles()
         self._sent = 0
         self._closed = False
@@ -137,6 +142,11 @@ class VLLMServerEngine(NamedEngine):
     def dtype(self) -> torch.dtype:
         """Precision of the weights that it samples with."""
         return self._dtype
+
+    @property
+    def returns_routes(self) -> bool:
+        """Do its rollouts say which experts every token went to?"""
+        return self._routers is not None
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
         """Continue every prompt: see `Engine.generate`.
@@ -208,6 +218,8 @@ class VLLMServerEngine(NamedEngine):
         dtypes = {status.dtype for status in found}
         if len(dtypes) > 1:
             raise ConfigError(f"{self._name}: servers sample in {', '.join(sorted(dtypes))}; expected one precision")
+        if self.returns_routes and not all(status.routes for status in found):
+            raise ConfigError(f"{self._name}: routes=True with a server that returns none; start it with --routes true")
         return min(status.context for status in found), vars(torch)[dtypes.pop()]
 
     async def _send(self, parcel: Parcel, version: int) -> None:
@@ -248,7 +260,11 @@ class VLLMServerEngine(NamedEngine):
             self._lose(link, lost, requests=0)
         else:
             link.trust()
-            link.find()
+            self._find(link)
+
+    def _find(self, link: ServerLink) -> None:
+        if link.find():
+            self._tell("engine_returned", engine=self._name, worker=link.url, version=self._sent)
 
     def _lose(self, link: ServerLink, lost: LostError, *, requests: int) -> None:
         if link.lose(lost):
@@ -331,8 +347,7 @@ class VLLMServerEngine(NamedEngine):
         except LostError as lost:
             link.lose(lost)
         else:
-            link.find()
-            self._tell("engine_returned", engine=self._name, worker=link.url, version=self._sent)
+            self._find(link)
 
     def _completions(self, requests: Sequence[Request], sampling: Sampling) -> Ask[Rollout]:
         """How to ask for completions."""
@@ -345,6 +360,7 @@ class VLLMServerEngine(NamedEngine):
             document = {
                 "requests": [documents[place] for place in places],
                 "sampling": settings,
+                "routes": self.returns_routes,
                 "seed": int(stream_keys(torch.tensor([seed]), torch.tensor([places[0]]))) % 2**62,
             }
             largest = max(questions[place].largest for place in places)
@@ -362,7 +378,9 @@ class VLLMServerEngine(NamedEngine):
                 f"less than max_model_len={self._context}: raise max_model_len, or shorten the prompts"
             )
         limit = min(room, sampling.max_new_tokens, request.max_new_tokens or sampling.max_new_tokens)
-        return Question(request=request, sampling=sampling, vocabulary=self._vocabulary, limit=limit)
+        return Question(
+            request=request, sampling=sampling, vocabulary=self._vocabulary, limit=limit, routers=self._routers
+        )
 
 
 def _scores(sequences: Sequence[Tensor]) -> Ask[Tensor]:

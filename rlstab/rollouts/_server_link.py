@@ -86,10 +86,12 @@ class ServerLink:
         self.back.clear()
         return was_alive
 
-    def find(self) -> None:
-        """Note that it is there, with the weights that it should have."""
+    def find(self) -> bool:
+        """Note that it is there, with the weights that it should have; was it lost before?"""
+        was_lost = not self.alive
         self.alive, self.cause, self.hopeless = True, "", False
         self.back.set()
+        return was_lost
 
     def trust(self) -> None:
         """Note that it has done what it was asked."""

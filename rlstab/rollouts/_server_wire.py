@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import dataclasses
 import json
 import math
@@ -9,15 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from rlstab.errors import ConfigError, EngineError
+from rlstab.errors import ConfigError, EngineError, ShapeError
 from rlstab.rollouts._draw import stream_keys
 from rlstab.rollouts._kept import KeptSets
 from rlstab.rollouts._request import Request, Sampling
 from rlstab.rollouts._rollout import FinishReason, Rollout, Timing, Turn
 from rlstab.rollouts._vllm_calls import TIES
+from rlstab.routing import Routers
 
 __all__ = [
     "PROTOCOL",
@@ -30,9 +34,10 @@ __all__ = [
     "encoded",
     "read_call",
     "read_scores",
+    "route_text",
 ]
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 CERTAIN = 1e-3
 """Rounding may make a certain token a little more than certain: the largest log-prob."""
@@ -60,6 +65,7 @@ class Status:
         dtype: precision of the weights.
         workers: number of processes that hold the model.
         transfer: how it takes weights: `file` or `nccl`.
+        routes: whether it returns the experts that tokens went to.
         fault: what is wrong, or "".
     """
 
@@ -70,12 +76,16 @@ class Status:
     dtype: str
     workers: int
     transfer: str
+    routes: bool
     fault: str
 
     @classmethod
     def read(cls, document: object) -> Status:
         """The status in an answer."""
-        fields = {field.name: {"str": str, "int": int}[cast(str, field.type)] for field in dataclasses.fields(cls)}
+        fields = {
+            field.name: {"str": str, "int": int, "bool": bool}[cast(str, field.type)]
+            for field in dataclasses.fields(cls)
+        }
         found = _mapping(document, set(fields))
         for name, kind in fields.items():
             if type(found[name]) is not kind:
@@ -141,19 +151,22 @@ class Question:
         sampling: how to sample, with stop tokens.
         vocabulary: number of tokens.
         limit: most new tokens.
+        routers: those of the trainer's model, where the experts of every token are wanted.
     """
 
     request: Request
     sampling: Sampling
     vocabulary: int
     limit: int
+    routers: Routers | None = None
 
     @property
     def largest(self) -> int:
         """Most bytes of an answer."""
         recorded = min(self.vocabulary, self.sampling.top_k + TIES if self.sampling.top_k else self.vocabulary)
         per_token = 64 + (12 * recorded if self._records_sets else 0)
-        return 4096 + per_token * self.limit
+        per_input = 0 if self.routers is None else 2 * math.prod(_route_sizes(self.routers))
+        return 4096 + per_token * self.limit + per_input * (len(self.request.prompt_ids) + self.limit)
 
     @property
     def _records_sets(self) -> bool:
@@ -172,7 +185,7 @@ class Question:
             MalformedError: if it is no answer to this question.
             EngineError: if the model's logits are not finite.
         """
-        keys = {"token_ids", "logprobs", "versions", "reason", "waited", "worked", "kept"}
+        keys = {"token_ids", "logprobs", "versions", "reason", "waited", "worked", "kept", "routes"}
         found = _mapping(document, keys)
         tokens = self._tokens(found["token_ids"], found["reason"])
         size = len(tokens)
@@ -193,6 +206,7 @@ class Question:
             engine=engine,
             timing=Timing(waiting=_seconds(found["waited"]), generating=_seconds(found["worked"])),
             kept=self._kept(found["kept"], tokens),
+            routed_experts=self._routes(found["routes"], size),
         )
 
     def _tokens(self, ids: object, reason: object) -> Tensor:
@@ -220,6 +234,36 @@ class Question:
         if not all(token in kept for token, kept in zip(tokens.tolist(), sets, strict=True)):
             raise MalformedError("a token that is not in its own kept set")
         return KeptSets.of([torch.tensor(kept, dtype=torch.int64) for kept in sets])
+
+    def _routes(self, text: object, size: int) -> Tensor | None:
+        if self.routers is None or (text is None and not size):
+            if text is not None:
+                raise MalformedError("routes that nobody asked for")
+            return None
+        layers, top_k, width = _route_sizes(self.routers)
+        tokens = len(self.request.prompt_ids) + size - 1
+        try:
+            raw = base64.b64decode(cast(str, text), validate=True)
+            ids = np.frombuffer(raw, dtype=f"<u{width}").astype(np.int64).reshape(tokens, layers, top_k)
+            return self.routers.accept(torch.from_numpy(ids))
+        except (binascii.Error, TypeError, ValueError, ShapeError) as error:
+            raise MalformedError(
+                f"routes are {_shortened(text)}; expected {top_k} experts of {self.routers.num_experts} for each of "
+                f"{tokens} tokens and {layers} layers: {error}"
+            ) from error
+
+
+def route_text(routes: Tensor | None) -> str | None:
+    """Routes as they travel: base64 of their ids, in one byte each up to 256 experts, else in two."""
+    if routes is None:
+        return None
+    ids = routes.numpy()
+    return base64.b64encode(ids.astype(ids.dtype.newbyteorder("<")).tobytes()).decode("ascii")
+
+
+def _route_sizes(routers: Routers) -> tuple[int, int, int]:
+    """Layers, experts of a token, and bytes of an id."""
+    return len(routers.routers), routers.top_k, 1 if routers.num_experts <= 256 else 2
 
 
 def read_scores(document: object, size: int) -> Tensor:

@@ -22,10 +22,11 @@ from rlstab.rollouts._rollout import Rollout
 from rlstab.rollouts._vllm_calls import Call, Limits, check_images, rollout_of
 from rlstab.rollouts._vllm_cores import Core, InProcess, OwnProcesses
 from rlstab.rollouts._vllm_driver import InFlight
-from rlstab.rollouts._vllm_routes import NATIVE, RouteReader, route_settings
+from rlstab.rollouts._vllm_routes import NATIVE, RouteReader, no_experts, route_settings
 from rlstab.rollouts._vllm_settings import check_settings, end_of_sequence, engine_defaults
 from rlstab.rollouts._weight_file import Parcel, Shapes, WeightFiles, check_shapes, parcel_of, shapes_of_config
 from rlstab.rollouts._weights import ModelWeights, WeightSource, base_model
+from rlstab.routing import is_mixture
 
 __all__ = ["VLLMEngine"]
 
@@ -93,6 +94,8 @@ class VLLMEngine(NamedEngine):
         name: str = "vllm",
     ) -> None:
         check_settings("VLLMEngine", arguments, patience=patience, kept_limit=kept_limit)
+        if routes and not isinstance(model, str) and not is_mixture(model):
+            raise no_experts("VLLMEngine")
         super().__init__(name)
         self._closed = False
         self._fault = ""
@@ -108,7 +111,7 @@ class VLLMEngine(NamedEngine):
         with _model_folder(model, config) as folder:
             settings["model"] = folder
             if routes:
-                settings = route_settings(settings, arguments)
+                settings = route_settings("VLLMEngine", settings, arguments)
             self._core: Core = (
                 InProcess(settings, {"repair": repair})
                 if in_process

@@ -22,6 +22,7 @@ from rlstab.models import isolated_rng
 from rlstab.rollouts._loop import LoopThread
 from rlstab.rollouts._vllm_calls import Call, Completion, scores_of, scoring_call
 from rlstab.rollouts._vllm_driver import Driver, InFlight
+from rlstab.rollouts._vllm_follow import leader_environment
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -175,6 +176,7 @@ class OwnProcesses(Core):
         environment = {
             "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            **leader_environment(),
             **({"TORCHDYNAMO_DISABLE": "1"} if arguments["enforce_eager"] else {}),
         }
         with environment_defaults(environment):
@@ -183,7 +185,6 @@ class OwnProcesses(Core):
 
             made = self._thread.submit(_called(AsyncLLM.from_engine_args, AsyncEngineArgs(**arguments)))
             self.driver = Driver(made.result(), in_flight=in_flight)
-            self._thread.submit(self.driver.tie()).result()
             self._thread.submit(self.driver.start_transfer(init_info)).result()
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
@@ -58,10 +57,6 @@ class Driver:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         await self.engine.init_weight_transfer_engine(WeightTransferInitRequest(dict(init_info)))
-
-    async def tie(self) -> None:
-        """Have its processes end with this one, however it ends."""
-        await self.call_workers("rlstab_follow", leader=os.getpid())
 
     async def generate(self, call: Call, seed: int) -> list[Completion]:
         """All completions of a call, in order."""

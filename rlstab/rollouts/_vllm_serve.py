@@ -20,6 +20,8 @@ from rlstab.rollouts._server_key import KeyCheck, ServerKey, check_address
 from rlstab.rollouts._vllm_calls import Limits
 from rlstab.rollouts._vllm_cores import environment_defaults
 from rlstab.rollouts._vllm_driver import Driver, InFlight
+from rlstab.rollouts._vllm_follow import leader_environment
+from rlstab.rollouts._vllm_routes import NATIVE, RouteStream, route_settings
 from rlstab.rollouts._vllm_server import ServerRoutes, WeightTransfer
 from rlstab.rollouts._vllm_settings import check_settings, engine_defaults
 
@@ -51,6 +53,7 @@ class ServerSettings:
         patience: seconds without a token, or for an update of weights, after which the server ends itself.
         arguments: arguments of vLLM's engine and of its server, which go before all defaults.
         kept_limit: most tokens recorded per position for `truncation="renormalise"` without `top_k`.
+        routes: return the experts that every token went to, of a mixture of experts: see `VLLMEngine`.
         repair: bring vLLM's CPU backend up to date after each sync.
 
     Raises:
@@ -70,6 +73,7 @@ class ServerSettings:
     patience: float = 300.0
     arguments: Mapping[str, Any] = field(default_factory=dict)
     kept_limit: int = 1024
+    routes: bool = False
     repair: bool = True
 
     def __post_init__(self) -> None:
@@ -101,6 +105,7 @@ def serve(model: str, settings: ServerSettings) -> None:
         "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
+        **leader_environment(),
     }
     with environment_defaults(environment), closing(HeldFolder("uploads")) as folder:
         engine, frontend = _arguments(model, settings)
@@ -128,7 +133,8 @@ def _arguments(model: str, settings: ServerSettings) -> tuple[dict[str, Any], Na
             setattr(frontend, name, value)
         else:
             raise ConfigError(f"rlstab serve: arguments name {name}, which neither vLLM's engine nor its server takes")
-    return {**engine, "model": model}, frontend
+    engine["model"] = model
+    return route_settings("rlstab serve", engine, settings.arguments) if settings.routes else engine, frontend
 
 
 async def _served(arguments: dict[str, Any], frontend: Namespace, settings: ServerSettings, folder: Path) -> None:
@@ -141,12 +147,14 @@ async def _served(arguments: dict[str, Any], frontend: Namespace, settings: Serv
         engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         driver = Driver(engine, in_flight=settings.in_flight)
         try:
-            await driver.tie()
             if settings.transfer == "file":
                 await driver.start_transfer({"repair": settings.repair})
             text = engine.model_config.hf_text_config
             limits = Limits(context=driver.context, vocabulary=text.vocab_size, kept=settings.kept_limit)
-            routes = ServerRoutes(driver, limits, folder=folder, transfer=settings.transfer, patience=settings.patience)
+            experts = await RouteStream.begun(driver, native=NATIVE in arguments) if settings.routes else None
+            routes = ServerRoutes(
+                driver, limits, folder=folder, transfer=settings.transfer, patience=settings.patience, experts=experts
+            )
             await _run(engine, frontend, routes, bound, settings)
         finally:
             engine.shutdown(timeout=0.0)

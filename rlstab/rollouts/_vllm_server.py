@@ -6,7 +6,7 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +16,10 @@ import torch
 
 from rlstab.errors import ConfigError, EngineError
 from rlstab.rollouts._server_key import Receive, Scope, Send
-from rlstab.rollouts._server_wire import PROTOCOL, Status, decoded, encoded, read_call
+from rlstab.rollouts._server_wire import PROTOCOL, Status, decoded, encoded, read_call, route_text
 from rlstab.rollouts._vllm_calls import Call, Completion, Limits
 from rlstab.rollouts._vllm_driver import Driver
+from rlstab.rollouts._vllm_routes import RouteStream
 
 __all__ = ["ServerRoutes", "WeightTransfer"]
 
@@ -53,11 +54,20 @@ class ServerRoutes:
         folder: where uploaded weights go.
         transfer: how weights come.
         patience: seconds without a token, or for an update of weights, after which vLLM is taken for dead.
+        experts: reads the experts that tokens went to, if they are returned.
     """
 
     def __init__(
-        self, driver: Driver, limits: Limits, *, folder: Path, transfer: WeightTransfer, patience: float
+        self,
+        driver: Driver,
+        limits: Limits,
+        *,
+        folder: Path,
+        transfer: WeightTransfer,
+        patience: float,
+        experts: RouteStream | None,
     ) -> None:
+        self._experts = experts
         self._transfer = transfer
         self._driver = driver
         self._limits = limits
@@ -118,6 +128,7 @@ class ServerRoutes:
                 dtype=str(config.model_config.dtype).removeprefix("torch."),
                 workers=config.parallel_config.world_size,
                 transfer=self._transfer,
+                routes=self._experts is not None,
                 fault=self.fault,
             )
         )
@@ -125,12 +136,17 @@ class ServerRoutes:
     async def _generate(self, body: bytes, scope: Scope) -> Lines:
         document = self._opened(body)
         requests, sampling = read_call(document)
-        return self._completions(Call(requests, sampling, (), self._limits), int(document["seed"]))
+        if document["routes"] and self._experts is None:
+            raise ConfigError("routes are asked for, which this server does not return; start it with --routes true")
+        experts = self._experts if document["routes"] else None
+        return self._completions(Call(requests, sampling, (), self._limits), int(document["seed"]), experts)
 
-    async def _completions(self, call: Call, seed: int) -> Lines:
-        async with aclosing(self._driver.answers(call, seed)) as answers:
+    async def _completions(self, call: Call, seed: int, experts: RouteStream | None) -> Lines:
+        reading = nullcontext() if experts is None else experts.reading(call)
+        async with reading as routes_of, aclosing(self._driver.answers(call, seed)) as answers:
             async for place, completion in answers:
-                yield {"place": place, **_answer(completion, call)}
+                routes = None if routes_of is None else await routes_of(place, completion)
+                yield {"place": place, **_answer(completion, call), "routes": route_text(routes)}
 
     async def _score(self, body: bytes, scope: Scope) -> Lines:
         document = self._opened(body)

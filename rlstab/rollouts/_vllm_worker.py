@@ -5,13 +5,8 @@ vLLM imports this module by name, before it loads the model (`worker_extension_c
 
 from __future__ import annotations
 
-import os
-import select
-import signal
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,12 +25,15 @@ from vllm.v1.sample.sampler import Sampler
 
 from rlstab.errors import ConfigError
 from rlstab.rollouts._adapters import adapted_tensors
+from rlstab.rollouts._vllm_follow import follow_leader
 from rlstab.rollouts._vllm_routes_worker import RoutesExtension
 
 if TYPE_CHECKING:
     from vllm.v1.sample.metadata import SamplingMetadata
 
 __all__ = ["BACKEND", "WorkerExtension", "repair_packed_weights"]
+
+follow_leader()
 
 BACKEND = "rlstab"
 GREEDY_BELOW = 1e-5
@@ -143,10 +141,6 @@ class WholeSampler(Sampler):
 class WorkerExtension(RoutesExtension):
     """Methods of vLLM's worker that the engine calls by name."""
 
-    def rlstab_follow(self, leader: int) -> None:
-        """End with the process that drives vLLM, which may be killed without a chance to end it."""
-        threading.Thread(target=follow, args=[leader], name="rlstab-follow", daemon=True).start()
-
     def rlstab_seed(self, seed: int) -> None:
         """Seed the generators that requests without a seed of their own are sampled with."""
         torch.manual_seed(seed)
@@ -162,22 +156,3 @@ class WorkerExtension(RoutesExtension):
         if not isinstance(sampler, WholeSampler):
             sampler = self.model_runner.sampler = WholeSampler(sampler.logprobs_mode, sampler.use_fp64_gumbel)
         sampler.whole = whole
-
-
-def follow(leader: int) -> None:
-    """Wait for the death of an ancestor of this process, and end those between and this one."""
-    between, ancestor = [], os.getppid()
-    while ancestor not in (leader, 0):
-        between.append(ancestor)
-        ancestor = parent_of(ancestor)
-    if ancestor != leader:  # it runs on another machine
-        return
-    select.select([os.pidfd_open(leader)], [], [])
-    for process in between:
-        os.kill(process, signal.SIGKILL)
-    os._exit(1)
-
-
-def parent_of(process: int) -> int:
-    status = Path(f"/proc/{process}/status").read_text()
-    return int(status.partition("\nPPid:")[2].split()[0])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypeGuard, cast, final
 
-from accelerate.utils import is_peft_model
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -68,19 +69,25 @@ class ModelWeights(WeightSource):
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """As in `WeightSource`."""
-        if is_peft_model(self.model):
-            yield from _merged_tensors(cast("PeftModel", self.model))
+        if _is_adapted(self.model):
+            yield from _merged_tensors(self.model)
         else:
             yield from _detached(self.model)
 
     def adapted(self) -> AdaptedWeights | None:
         """As in `WeightSource`: of a model with PEFT's adapters."""
-        return _adapted(cast("PeftModel", self.model)) if is_peft_model(self.model) else None
+        return _adapted(self.model) if _is_adapted(self.model) else None
 
 
 def base_model(model: PreTrainedModel) -> PreTrainedModel:
     """The model inside PEFT's wrapper, if there is one."""
-    return cast("PreTrainedModel", cast("PeftModel", model).get_base_model()) if is_peft_model(model) else model
+    return cast("PreTrainedModel", model.get_base_model()) if _is_adapted(model) else model
+
+
+def _is_adapted(model: nn.Module) -> TypeGuard[PeftModel]:
+    """Is it a model of PEFT? Without looking for the package, which takes milliseconds: it has one only if loaded."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(extract_model_from_parallel(model), peft.PeftModel)
 
 
 def _detached(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

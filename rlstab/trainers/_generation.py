@@ -172,22 +172,25 @@ class Generation:
             self._tell_events()
             self.engine.drop()
             torch.set_rng_state(generator)
-            saved = self._save_present()
+            obstacle = self._obstacle()
+            if not obstacle:
+                self._trainer._save_checkpoint(self._trainer.model, trial=None)
+            logger.error("the engine has failed: %s", _outcome(obstacle, self._trainer.state.global_step))
             self._trainer._recorder.event(
-                "generation_failed", engine=self.engine.id, reason=str(error), checkpoint=saved
+                "generation_failed", engine=self.engine.id, reason=str(error), checkpoint=not obstacle
             )
             raise
 
-    def _save_present(self) -> bool:
-        """Write a checkpoint, if the run is between two updates of one process: others would wait for each other."""
+    def _obstacle(self) -> str:
+        """What keeps a checkpoint from being written now, or ""."""
         trainer = self._trainer
-        between = trainer._step % trainer.args.gradient_accumulation_steps == 0
-        possible = trainer.model.training and between and trainer.state.global_step > 0
-        if not possible or trainer.accelerator.num_processes > 1:
-            return False
-        trainer._save_checkpoint(trainer.model, trial=None)
-        logger.error("the engine has failed: a checkpoint of step %d was written", trainer.state.global_step)
-        return True
+        if (processes := trainer.accelerator.num_processes) > 1:
+            return f"{processes} processes train, and the others would have to join in"
+        if not trainer.model.training:
+            return "an evaluation was under way"
+        if trainer._step % trainer.args.gradient_accumulation_steps:
+            return "an update was under way"
+        return "" if trainer.state.global_step else "there was no update yet"
 
     # ------------------------------------------------------------------ batches ahead, and their checkpoints
 
@@ -240,3 +243,9 @@ def _placeholders(config: PretrainedConfig) -> tuple[int, ...]:
 def _shortest(prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
     """A few different prompts, which take little time to score."""
     return sorted({tuple(prompt) for prompt in prompts}, key=lambda prompt: (len(prompt), prompt))[:CHECKED_PROMPTS]
+
+
+def _outcome(obstacle: str, step: int) -> str:
+    if obstacle:
+        return f"no checkpoint of step {step} was written, as {obstacle}; go on from the last regular one (save_steps)"
+    return f"a checkpoint of step {step} was written"

@@ -14,7 +14,9 @@ from rlstab.recipes import (
     LoRA,
     Memory,
     ModelSize,
+    Overlapped,
     PretrainedModel,
+    RayPool,
     ReadRecipe,
     Recipe,
     Sharding,
@@ -115,6 +117,13 @@ def test_what_is_kept_and_what_samples() -> None:
     assert adapted.references == 0  # the adapter is switched off instead
     assert adapted.optimizer == 2 * 4 * 4352
     assert planned(model=PretrainedModel(name="no/such-model")).memory is None
+    elsewhere = planned(engine=Overlapped(engine=RayPool()))
+    assert elsewhere.lines["sampled by"] == "Overlapped of RayPool"
+    shared, copied = planned(engine=Engine()).memory, planned(engine=Overlapped(engine=Engine(copy=True))).memory
+    assert elsewhere.memory is not None
+    assert shared is not None
+    assert copied is not None
+    assert (elsewhere.memory.sampling, copied.sampling - shared.sampling) == (0, 83_520 * 4)
 
 
 def test_what_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,14 +5,15 @@ The pool of the contract goes on here, and ends in the last test.
 
 import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
 
+import psutil
 import pytest
 import torch
+from background import family_of, gone
 from engines import MODELS, SMALL, LentEngine, peaked
 from scoring import trainer_logprobs
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -71,23 +72,17 @@ def soon(seconds: float, act: Callable[[], None]) -> threading.Timer:
     return timer
 
 
-def until_two_live(pool: RayEnginePool) -> None:
+def until_all_live(pool: RayEnginePool, count: int = 2) -> None:
     pool._workers.await_all()
-    assert len(pool._workers.living()) == pool.size == 2
+    assert len(pool._workers.living()) == pool.size == count
 
 
 def tokens(rollouts: list[Rollout]) -> list[list[int]]:
     return [rollout.token_ids.tolist() for rollout in rollouts]
 
 
-def ended(process: int) -> bool:
-    """Whether a process is gone, or has ended and only its parent has not looked yet."""
-    found = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True, check=False)
-    return found.stdout.strip()[:1] in ("", "Z")
-
-
 def test_a_death_in_generation_changes_no_sample(pool: RayEnginePool, events: Events) -> None:
-    until_two_live(pool)
+    until_all_live(pool)
     began = time.monotonic()
     undisturbed = pool.generate(REQUESTS, LONG)
     took = time.monotonic() - began
@@ -99,7 +94,7 @@ def test_a_death_in_generation_changes_no_sample(pool: RayEnginePool, events: Ev
     assert tokens(rollouts) == tokens(undisturbed)
     kind, fields = events[0]
     assert (kind, fields["engine"], fields["worker"], fields["process"]) == ("engine_died", "ray", "ray-0", victim)
-    until_two_live(pool)
+    until_all_live(pool)
     assert events[1:] == [
         (
             "engine_returned",
@@ -109,13 +104,13 @@ def test_a_death_in_generation_changes_no_sample(pool: RayEnginePool, events: Ev
 
 
 def test_an_engine_that_hangs_is_killed_and_may_be_left_out(pool: RayEnginePool, events: Events) -> None:
-    until_two_live(pool)
+    until_all_live(pool)
     began = time.monotonic()
     undisturbed = pool.generate(REQUESTS, LONG)
     took = time.monotonic() - began  # a busy machine is no hang
     pool._workers._patience, pool._workers._restarts = 3 + 4 * took, 0
-    victim = process_of(pool, 0)
-    soon(took / 4, partial(os.kill, victim, signal.SIGSTOP))
+    hanging = psutil.Process(process_of(pool, 0))
+    soon(took / 4, hanging.suspend)
     rollouts = pool.generate(REQUESTS, LONG)
     pool._workers._patience, pool._workers._restarts = 60.0, 3
     assert tokens(rollouts) == tokens(undisturbed)
@@ -124,10 +119,7 @@ def test_an_engine_that_hangs_is_killed_and_may_be_left_out(pool: RayEnginePool,
     assert str(fields["cause"]).startswith("has given no answer for")
     assert not others
     assert pool.size == 1
-    deadline = time.monotonic() + 30
-    while not ended(victim):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    assert gone([hanging])
     with pytest.raises(ConfigError, match="size 0; expected at least 1"):
         pool.resize(0)
     pool.resize(2)
@@ -136,7 +128,7 @@ def test_an_engine_that_hangs_is_killed_and_may_be_left_out(pool: RayEnginePool,
 
 
 def test_a_death_in_a_sync_leaves_no_engine_behind(pool: RayEnginePool, events: Events, model: PreTrainedModel) -> None:
-    until_two_live(pool)
+    until_all_live(pool)
     victim, version = process_of(pool, 1), pool.weight_version + 1
     with torch.no_grad():
         for parameter in model.parameters():
@@ -145,7 +137,7 @@ def test_a_death_in_a_sync_leaves_no_engine_behind(pool: RayEnginePool, events: 
     soon(0.5, partial(os.kill, victim, signal.SIGKILL))
     pool.sync_weights(ModelWeights(model), version)
     assert [kind for kind, _ in events] == ["engine_died"]
-    until_two_live(pool)
+    until_all_live(pool)
     rollouts = pool.generate(REQUESTS, LONG)
     assert {rollout.engine for rollout in rollouts} == {"ray-1", "ray-2"}
     for rollout in rollouts:
@@ -156,7 +148,7 @@ def test_a_death_in_a_sync_leaves_no_engine_behind(pool: RayEnginePool, events: 
 def test_an_engine_with_other_weights_is_found(pool: RayEnginePool, model: PreTrainedModel) -> None:
     import ray
 
-    until_two_live(pool)
+    until_all_live(pool)
     sequences = [torch.tensor([3, 4, 5, 6])]
     with torch.no_grad():
         expected = model(input_ids=sequences[0][None]).logits[0, :-1].log_softmax(-1)
@@ -219,7 +211,7 @@ def test_what_cannot_be_a_pool_is_refused(model: PreTrainedModel, tokenizer: Pre
 
 
 def test_when_all_are_dead_it_says_so(pool: RayEnginePool, events: Events) -> None:
-    until_two_live(pool)
+    until_all_live(pool)
     pool._workers._restarts = 0
     victims = [process_of(pool, place) for place in (0, 1)]
     for victim in victims:
@@ -237,7 +229,7 @@ def test_when_all_are_dead_it_says_so(pool: RayEnginePool, events: Events) -> No
 
 @pytest.mark.vllm
 @pytest.mark.faults
-def test_a_vllm_that_dies_inside_an_actor_is_made_anew(
+def test_a_vllm_inside_an_actor_dies_and_goes_with_it(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     engine = partial(VLLMEngine, arguments=SMALL, in_process=False)
@@ -246,17 +238,17 @@ def test_a_vllm_that_dies_inside_an_actor_is_made_anew(
         pool.listen(lambda kind, fields: events.append((kind, fields)))
         undisturbed = pool.generate(REQUESTS, LONG)
         pool.sync_weights(ModelWeights(model), 3)
-        victim = child_of(process_of(pool, 0), "EngineCor")
-        soon(0.2, partial(os.kill, victim, signal.SIGKILL))
+        family = family_of(process_of(pool, 0))
+        core = next(process for process in family if "EngineCor" in process.name())
+        soon(0.2, core.kill)
         rollouts = pool.generate(REQUESTS, LONG)
+        assert gone(family)
+        until_all_live(pool, 1)
+        family = family_of(process_of(pool, 0))
+        assert len(family) > 2
+        family[0].kill()
+        assert gone(family)
     assert tokens(rollouts) == tokens(undisturbed)
     assert {version for rollout in rollouts for version in rollout.weight_versions.tolist()} == {3}
     assert [kind for kind, _ in events] == ["engine_died", "engine_returned"]
     assert "died in its own process" in str(events[0][1]["cause"])
-
-
-def child_of(process: int, name: str) -> int:
-    listed = subprocess.run(
-        ["ps", "-o", "pid=,comm=", "--ppid", str(process)], capture_output=True, text=True, check=True
-    )
-    return next(int(line.split()[0]) for line in listed.stdout.splitlines() if name in line)

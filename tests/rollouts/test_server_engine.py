@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rlstab.cli import main
 from rlstab.errors import ConfigError, EngineError
-from rlstab.models import tiny_causal_lm
+from rlstab.models import tiny_causal_lm, tiny_moe
 from rlstab.rollouts import Request, Sampling, ServerKey, ServerSettings, VLLMServerEngine
 from rlstab.rollouts._server_key import KeyCheck
 
@@ -72,6 +73,7 @@ def test_good_answers_become_rollouts(model: PreTrainedModel) -> None:
         (changed(reason="tired"), "reason is 'tired'"),
         (changed(reason="stop"), "ends with token 5; expected a stop token"),
         (changed(kept=[[5]] * 3), "kept sets that nobody asked for"),
+        (changed(routes="AQID"), "routes that nobody asked for"),
         (changed(waited=-1.0), "a time of -1.0"),
         (changed(extra=1), "expected an object with"),
         (changed(place=7), "an answer to question 7 of 2"),
@@ -92,6 +94,46 @@ def test_answers_that_are_none(
         pytest.raises(EngineError, match=rf"no server is left.*({complaint})"),
     ):
         engine.generate(REQUESTS, SAMPLING)
+
+
+def routes_of(*ids: int) -> str:
+    return base64.b64encode(bytes(ids)).decode()
+
+
+def test_routes_are_those_of_the_model(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny_moe(tokenizer, experts=4, experts_per_token=2)
+    ids = [0, 1, 2, 3, 3, 0, 1, 2, 2, 1, 0, 3]  # of three inputs (one of the prompt), two layers, two experts each
+    request = [Request(prompt_ids=[7])]
+    with (
+        OddServer(changed(routes=routes_of(*ids))) as server,
+        VLLMServerEngine(model, url=server.url, routes=True) as engine,
+    ):
+        assert engine.returns_routes
+        (rollout,) = engine.generate(request, SAMPLING)
+        assert rollout.routed_experts is not None
+        assert rollout.routed_experts.dtype == torch.uint8
+        assert rollout.routed_experts.flatten().tolist() == ids
+    for text, complaint in (
+        (None, "routes are None; expected 2 experts of 4 for each of 3 tokens and 2 layers"),
+        (7, "routes are 7"),
+        ("no base64!", "routes are 'no base64!'"),
+        (routes_of(*ids[:-1]), "cannot reshape array of size 11"),
+        (routes_of(*ids[:-1], 4), "expected expert ids below 4, got 4"),
+        (routes_of(*ids[:-2], 3, 3), "the same one twice"),
+    ):
+        with (
+            OddServer(changed(routes=text)) as odd,
+            VLLMServerEngine(model, url=odd.url, routes=True, patience=0.2) as engine,
+            pytest.raises(EngineError, match=f"no server is left.*{complaint}"),
+        ):
+            engine.generate(request, SAMPLING)
+    with pytest.raises(ConfigError, match="expected a mixture of experts"):
+        VLLMServerEngine(tiny_causal_lm(tokenizer), url="http://127.0.0.1:9", routes=True)
+    with (
+        OddServer(status={"routes": False}) as without,
+        pytest.raises(ConfigError, match="routes=True with a server that returns none; start it with --routes"),
+    ):
+        VLLMServerEngine(model, url=without.url, routes=True)
 
 
 def test_nothing_is_lost_when_a_server_answers_nonsense(model: PreTrainedModel) -> None:

@@ -6,17 +6,17 @@ The engine of the contract goes on here, and is killed in the last test.
 import copy
 import os
 import signal
-import threading
 import time
 
 import pytest
 import torch
+from background import InBackground
 from engines import MODELS, LentEngine, peaked
 from scoring import trainer_logprobs
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rlstab.errors import EngineError
-from rlstab.rollouts import ModelWeights, Request, Rollout, Sampling, VLLMEngine
+from rlstab.rollouts import ModelWeights, Request, Sampling, VLLMEngine
 from rlstab.rollouts._vllm_cores import OwnProcesses
 
 pytestmark = pytest.mark.vllm
@@ -37,23 +37,6 @@ def engine(lent: LentEngine, model: PreTrainedModel, tokenizer: PreTrainedTokeni
     return engine
 
 
-class InBackground(threading.Thread):
-    """A generation on another thread."""
-
-    def __init__(self, engine: VLLMEngine) -> None:
-        super().__init__()
-        self.engine = engine
-        self.rollouts: list[Rollout] = []
-        self.error: EngineError | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self.rollouts = self.engine.generate(REQUESTS, LONG)
-        except EngineError as error:
-            self.error = error
-
-
 def until_tokens_come(core: OwnProcesses, count: int) -> None:
     goal, deadline = core.driver.tokens + count, time.monotonic() + 60
     while core.driver.tokens < goal:
@@ -67,12 +50,12 @@ def test_weights_change_under_requests_in_flight(engine: VLLMEngine, model: PreT
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.05)
-    sampling = InBackground(engine)
+    sampling = InBackground(lambda: engine.generate(REQUESTS, LONG))
     until_tokens_come(engine._core, 50 * len(REQUESTS))
     engine.sync_weights(ModelWeights(model), version + 1)
     sampling.join(60)
-    assert len(sampling.rollouts) == len(REQUESTS)
-    for rollout in sampling.rollouts:
+    assert len(sampling.result) == len(REQUESTS)
+    for rollout in sampling.result:
         before = rollout.weight_versions == version
         assert 0 < int(before.sum()) < len(before) == LONG.max_new_tokens
         assert rollout.weight_versions.tolist() == [version] * int(before.sum()) + [version + 1] * int((~before).sum())
@@ -85,7 +68,7 @@ def test_a_core_that_hangs_or_dies_is_an_error(engine: VLLMEngine, blow: signal.
     core = engine._core
     assert isinstance(core, OwnProcesses)
     core._patience = 3.0
-    sampling = InBackground(engine)
+    sampling = InBackground(lambda: engine.generate(REQUESTS, LONG))
     until_tokens_come(core, len(REQUESTS))
     os.kill(core.driver.processes[0].pid, blow)
     sampling.join(60)

@@ -11,7 +11,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rlstab.errors import ConfigError, RoutingError
 from rlstab.models import tiny_tokenizer
-from rlstab.rollouts import ModelWeights, Request, Rollout, Sampling, VLLMEngine
+from rlstab.rollouts import (
+    Engine,
+    ModelWeights,
+    Request,
+    Rollout,
+    Sampling,
+    ServerProcess,
+    VLLMEngine,
+    VLLMServerEngine,
+)
 from rlstab.routing import Routers
 
 pytestmark = [
@@ -62,12 +71,26 @@ def preempted() -> Iterator[list[str]]:
         yield found
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["in this process", "in processes of its own"])
+@pytest.fixture(scope="module", params=["in this process", "a server"])
 def engine(
-    request: pytest.FixtureRequest, preempted: list[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
-) -> Iterator[VLLMEngine]:
-    with VLLMEngine(model, tokenizer, arguments=CROWDED, routes=True, in_process=request.param, patience=60) as made:
-        yield made
+    request: pytest.FixtureRequest,
+    preempted: list[str],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Engine]:
+    if request.param == "in this process":
+        with VLLMEngine(model, tokenizer, arguments=CROWDED, routes=True) as made:
+            yield made
+        return
+    folder = tmp_path_factory.mktemp("moe")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with (
+        ServerProcess(str(folder), arguments=CROWDED, options={"routes": True}) as server,
+        VLLMServerEngine(model, tokenizer, url=server.url, routes=True) as engine,
+    ):
+        yield engine
 
 
 def assert_trainers(model: PreTrainedModel, rollouts: list[Rollout]) -> None:
@@ -80,22 +103,25 @@ def assert_trainers(model: PreTrainedModel, rollouts: list[Rollout]) -> None:
         assert torch.equal(rollout.routed_experts, own.routes(rows=1).experts[0, :-1])
 
 
-def test_routes_are_those_of_the_trainer(engine: VLLMEngine, model: PreTrainedModel, preempted: list[str]) -> None:
+def test_routes_are_those_of_the_trainer(engine: Engine, model: PreTrainedModel, preempted: list[str]) -> None:
     preempted.clear()
     assert engine.returns_routes
     engine.score([torch.tensor([4, 5, 6])])  # is not recorded
     rollouts = engine.generate(REQUESTS, ENDLESS)
     assert [len(rollout.token_ids) for rollout in rollouts] == [request.max_new_tokens for request in REQUESTS]
     assert_trainers(model, rollouts)
-    assert preempted or not engine._in_process
+    assert preempted or isinstance(engine, VLLMServerEngine)
 
 
-def test_routes_follow_new_weights(engine: VLLMEngine, model: PreTrainedModel) -> None:
+def test_routes_follow_new_weights(engine: Engine, model: PreTrainedModel) -> None:
     with torch.no_grad():
         for router in Routers(model).routers:
             router.modules[0].get_parameter("weight").neg_()
     engine.sync_weights(ModelWeights(model), engine.weight_version + 1)
     assert_trainers(model, engine.generate(REQUESTS[:8], ENDLESS))
+    if isinstance(engine, VLLMServerEngine):  # one that does not want them gets none from the same server
+        with VLLMServerEngine(model, url=engine._links[0].url) as other:
+            assert [rollout.routed_experts for rollout in other.generate(REQUESTS[:2], ENDLESS)] == [None, None]
 
 
 def test_rows_of_a_request() -> None:

@@ -6,10 +6,8 @@ The server of the contract goes on here, with a second one, and both are killed 
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from background import InBackground, family_of, gone
 from engines import MODELS, SECRET, SMALL, checkpoint, contract_server, peaked
 from odd_servers import OddServer
 from peft import LoraConfig, get_peft_model
@@ -72,23 +71,6 @@ def second() -> Iterator[Running]:
         one.close()
 
 
-class InBackground(threading.Thread):
-    """Work on another thread."""
-
-    def __init__(self, work: Any) -> None:
-        super().__init__()
-        self.work = work
-        self.result: Any = None
-        self.error: EngineError | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self.result = self.work()
-        except EngineError as error:
-            self.error = error
-
-
 def engine_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *urls: str, **settings: Any
 ) -> tuple[VLLMServerEngine, Events]:
@@ -103,20 +85,6 @@ def client_of(server: ServerProcess, key: str | None) -> httpx.Client:
     return httpx.Client(base_url=server.url, headers=headers, trust_env=False, timeout=60)
 
 
-def descendants(process: int) -> list[int]:
-    """Its children, theirs, and so on."""
-    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    return [one for child in map(int, children) for one in (child, *descendants(child))]
-
-
-def runs(process: int) -> bool:
-    """Is it there, and not merely waiting to be buried?"""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def assert_all_there(rollouts: list[Rollout], model: PreTrainedModel, version: int) -> None:
     assert [rollout.prompt_ids.tolist() for rollout in rollouts] == [list(one.prompt_ids) for one in REQUESTS]
     for rollout in rollouts:
@@ -127,7 +95,7 @@ def assert_all_there(rollouts: list[Rollout], model: PreTrainedModel, version: i
 
 def test_no_route_opens_without_the_key(server: ServerProcess, model: PreTrainedModel, tmp_path: Path) -> None:
     authorised = client_of(server, SECRET)
-    assert authorised.get("/rlstab/status").json()["protocol"] == 1
+    assert authorised.get("/rlstab/status").json()["protocol"] == 2
     described = authorised.get("/openapi.json").json()["paths"]
     routes = [(method, path) for path, methods in described.items() for method in methods]
     routes += [("post", f"/rlstab/{name}") for name in ("generate", "score", "weights")]
@@ -256,14 +224,14 @@ def test_killed_while_it_takes_weights(
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1.05)
-        cores = descendants(other.process.pid)
+        cores = family_of(other.process.pid)[1:]
         for core in cores:
-            os.kill(core, signal.SIGSTOP)  # so that the kill falls into the sync
+            core.suspend()  # so that the kill falls into the sync
         syncing = InBackground(lambda: engine.sync_weights(ModelWeights(model), 1))
         time.sleep(random.Random(3).uniform(0.3, 0.6))
         other.process.kill()
         for core in cores:
-            os.kill(core, signal.SIGCONT)
+            core.resume()
         syncing.join(60)
         assert syncing.error is None
         assert engine.weight_version == 1
@@ -276,8 +244,8 @@ def test_with_all_servers_dead_it_ends_with_an_error(
 ) -> None:
     engine, events = engine_of(model, tokenizer, server.url, patience=1.0)
     with engine:
-        family = descendants(server.process.pid)
-        assert len(family) > 1
+        family = family_of(server.process.pid)
+        assert len(family) > 2
         sampling = InBackground(lambda: engine.generate(REQUESTS, LONG))
         time.sleep(0.1)
         server.process.kill()
@@ -288,10 +256,7 @@ def test_with_all_servers_dead_it_ends_with_an_error(
         with pytest.raises(EngineError, match="no server is left"):
             engine.sync_weights(ModelWeights(model), 1)
         assert {kind for kind, _ in events} == {"engine_died"}
-        deadline = time.monotonic() + 30
-        while any(map(runs, family)):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        assert gone(family)
         server._log.seek(0)
         said = server._log.read().decode() + json.dumps(events) + str(sampling.error) + repr(vars(engine))
         assert SECRET not in said

@@ -26,6 +26,7 @@ def good_answer(place: int = 0, size: int = 3) -> dict[str, Any]:
         "waited": 0.1,
         "worked": 0.2,
         "kept": None,
+        "routes": None,
     }
 
 
@@ -58,13 +59,14 @@ class OddServer:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 found = {
-                    "protocol": 1,
+                    "protocol": 2,
                     "session": session,
                     "weight_version": 0,
                     "context": 256,
                     "dtype": "float32",
                     "workers": 1,
                     "transfer": "file",
+                    "routes": True,
                     "fault": "",
                 }
                 self.answer(json.dumps(found | (status or {})).encode())

@@ -209,7 +209,9 @@ class Mortal(Engine):
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
-def test_an_engine_that_gives_up_leaves_a_checkpoint(tmp_path: Path, staleness: int) -> None:
+def test_an_engine_that_gives_up_leaves_a_checkpoint(
+    tmp_path: Path, staleness: int, caplog: pytest.LogCaptureFixture
+) -> None:
     def mortal(lives: int) -> Any:
         return lambda model, tokenizer: OverlappedRollouts(
             Mortal(copying(model, tokenizer), lives), staleness=staleness
@@ -223,6 +225,10 @@ def test_an_engine_that_gives_up_leaves_a_checkpoint(tmp_path: Path, staleness: 
         failing.train()
     (event,) = run.events().of("generation_failed")
     assert (event.fields["reason"], event.fields["checkpoint"]) == ("all engines are dead", True)
+    assert f"a checkpoint of step {failing.state.global_step} was written" in caplog.text
+    with pytest.raises(EngineError, match="all engines are dead"):
+        made(tmp_path / "at once", mortal(0)).train()
+    assert "no checkpoint of step 0 was written, as there was no update yet; go on from the last" in caplog.text
     resumed = made(tmp_path / "resumed", mortal(100))
     resumed.train(resume_from_checkpoint=str(tmp_path / "failing" / f"checkpoint-{failing.state.global_step}"))
     assert resumed.state.global_step == SETTINGS["max_steps"]
