@@ -2,7 +2,7 @@
 
     python benchmarks/early_warning.py record FOLDER --set final
     python benchmarks/diagnosis.py score FOLDER [--json FILE]
-    python benchmarks/diagnosis.py repair FOLDER [--only RUN ...]  # again, with the changes that the diagnosis gives
+    python benchmarks/diagnosis.py repair FOLDER [--only RUN ...] [--json FILE]  # again, with the changes that it gives
     python benchmarks/diagnosis.py keep FOLDER TARGET --only RUN ...  # what the tests read: one table a run
     python benchmarks/diagnosis.py plot PICTURE           # of what was kept, for the documentation
 
@@ -13,8 +13,8 @@ are the runs that were harmed, and the controls; what came through a fault unhar
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,13 @@ from early_warning import judge, wilson
 from rlstab.record import Run, diagnosis_of, read_run
 from rlstab.report import write_fix
 
+HOSTS = ("train/", "completions/", "rewards/", "clip_ratio/")
+
 
 def host_only(run: Run) -> Run:
     """What the same run leaves without rlstab: the log of the host."""
-    ours = ("mismatch/", "objective/", "policy/", "drift/", "eval/")
     rows = [
-        replace(row, values={key: value for key, value in row.values.items() if not key.startswith(ours)})
+        replace(row, values={key: value for key, value in row.values.items() if key.startswith(HOSTS)})
         for row in run.metrics.rows
     ]
     return Run(name=run.name, source="trainer_state.json", metrics=replace(run.metrics, rows=tuple(rows)))
@@ -86,6 +87,7 @@ KEPT = (
     "train/reward", "train/reward_std", "train/frac_reward_zero_std", "train/grad_norm", "train/learning_rate",
     "policy/entropy", "objective/loss", "objective/policy/loss", "objective/drift/loss", "completions/mean_length",
     "completions/clipped_ratio", "mismatch/k1", "mismatch/k3", "mismatch/f2", "mismatch/max_abs", "mismatch/ess_token",
+    "mismatch/bucket/0.01-0.1/mean_abs", "mismatch/bucket/0.5-1/mean_abs",
     "drift/initial/kl", "drift/moving/kl", "routes/own_flip_share", "routes/flip_share", "routes/k3_flipped",
     "routes/k3_agreeing", "rewards/reward/mean", "rewards/longer_is_better/mean",
     "eval/pass@1", "eval/pass@1_se", "eval/pass@8", "eval/pass@8_se", "eval/reward", "eval/reward_se",
@@ -105,23 +107,64 @@ def keep(folder: Path, target: Path) -> None:
     (target / f"{name}.yaml").write_text(recipe)
 
 
-def repair(folder: Path, place: Path) -> str:
-    """Run a collapsed run again with the changes that its diagnosis gives, and say what became of it."""
-    broken = read_run(folder)
+@dataclass(frozen=True, kw_only=True)
+class Repair:
+    """A harmed run, and the same run again with the changes that its diagnosis gives.
+
+    Args:
+        run: name of the run.
+        cause: what was named first.
+        changes: of the recipe, as `key: value`; none where no setting repairs it.
+        harm: the step of its harm, before and after.
+        state: what the diagnosis says of it, before and after.
+    """
+
+    run: str
+    cause: str
+    changes: Sequence[str]
+    harm: tuple[int | None, int | None]
+    state: tuple[str, str]
+
+    @property
+    def heals(self) -> bool:
+        """Whether the second run did no harm and has not collapsed."""
+        return self.harm[1] is None and self.state[1] != "collapsed"
+
+
+def repair(folder: Path, place: Path) -> Repair | None:
+    """Run a harmed run again with the changes that its diagnosis gives; None if it was not harmed, or has no cause."""
+    broken, harm = read_run(folder), judge(folder).harm
     diagnosis = diagnosis_of(broken)
-    if diagnosis.state != "collapsed":
-        return f"{diagnosis.state}, nothing to repair"
+    if (diagnosis.state != "collapsed" and harm is None) or not diagnosis.claims:
+        return None
     recipe = place / f"{folder.name}.yaml"
     recipe.parent.mkdir(parents=True, exist_ok=True)
     recipe.unlink(missing_ok=True)
     changes = write_fix(broken, diagnosis, recipe)
-    if not changes:
-        return f"{diagnosis.claims[0].name}: no setting repairs it"
-    setting = described(folder)
-    fault = MODES[setting.mode].faults[setting.strength]
-    again = record(setting, fault, place, recipe=recipe)
-    harm = judge(again.path).harm
-    return f"{diagnosis.claims[0].name} → {diagnosis_of(Run.of(again)).state}, harm {harm}: {'; '.join(changes)}"
+    after: tuple[int | None, str] = harm, diagnosis.state
+    if changes:
+        setting = described(folder)
+        again = record(setting, MODES[setting.mode].faults[setting.strength], place, recipe=recipe)
+        after = judge(again.path).harm, diagnosis_of(Run.of(again)).state
+    cause = diagnosis.claims[0].name
+    return Repair(
+        run=folder.name, cause=cause, changes=changes, harm=(harm, after[0]), state=(diagnosis.state, after[1])
+    )
+
+
+def repairs(folders: Iterable[Path], place: Path) -> dict[str, Any]:
+    """What became of harmed runs, for machines, each printed as it is known."""
+    found: list[Repair] = []
+    for folder in folders:
+        one = repair(folder, place)
+        if one is not None:
+            found.append(one)
+            print(f"{one.run:40} {'healed' if one.heals else 'not healed'} {asdict(one)}", flush=True)
+    healed, tried = sum(one.heals for one in found), sum(bool(one.changes) for one in found)
+    return {
+        "healed by the changes of the first cause": [healed, tried, *_rounded(healed, tried)],
+        "runs": [{**asdict(one), "heals": one.heals} for one in found],
+    }
 
 
 PANELS = (
@@ -172,14 +215,14 @@ def main() -> None:
     elif chosen.command == "keep":
         for folder in runs(chosen.folder, chosen.only):
             keep(folder, chosen.target)
-    elif chosen.command == "score":
-        found = json.dumps(score(chosen.folder), indent=1)
-        print(found)
-        if chosen.json is not None:
-            chosen.json.write_text(found + "\n")
     else:
-        for folder in runs(chosen.folder, chosen.only):
-            print(f"{folder.name:40} {repair(folder, chosen.folder / 'fixed')}", flush=True)
+        if chosen.command == "score":
+            figures = score(chosen.folder)
+            print(json.dumps(figures, indent=1))
+        else:
+            figures = repairs(runs(chosen.folder, chosen.only), chosen.folder / "fixed")
+        if chosen.json is not None:
+            chosen.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Which runs there are: the set that thresholds may be chosen on, the one that they are judged on, and guarded ones.
+"""Which runs there are: two sets that thresholds may be chosen on, the one that they are judged on, and guarded ones.
 
-The final set differs from the tuning set in seed, task, depth of the model and strength of the fault. It is made in
+The final set differs from the tuning set in seed, task, depth of the model and strength of the fault, and from the
+studied one, which looks closer at modes that are hard to tell apart, in seed, model and strength. It is made in
 rounds, each with every mode and with controls, so that what is there after any round is balanced.
 """
 
@@ -27,7 +28,7 @@ from collapses import (
 from collapses._mode import Mode
 from collapses._run import Setting
 
-MODES: dict[str, Mode] = {
+JUDGED: dict[str, Mode] = {
     **healthy.MODES,
     **staleness.MODES,
     **stale_weights.MODES,
@@ -42,6 +43,15 @@ MODES: dict[str, Mode] = {
     **dead_reward.MODES,
     **reference_drift.MODES,
 }
+STUDIED: dict[str, Mode] = {
+    **learning_rate.STUDIED,
+    **gradient_spike.STUDIED,
+    **engine_mismatch.STUDIED,
+    **lost_variety.STUDIED,
+    **staleness.STUDIED,
+}
+"""Modes that are hard to tell apart, at further strengths."""
+MODES = {**JUDGED, **STUDIED}
 ROUNDS, CONTROLS, FIRST_SEED = 7, 5, 100
 WARNED_OF = (
     *("staleness", "learning_rate", "gradient_spike", "stale_weights", "engine_precision"),
@@ -56,10 +66,21 @@ NOW_AND_THEN = ("too_hard", "truncated_sampling", "template", "diversity")
 
 def _tuning() -> Iterator[Setting]:
     for strength in (1, 0):
-        for name, mode in MODES.items():
+        for name, mode in JUDGED.items():
             task = "countdown" if name == "diversity" else "sort5"
             if strength < len(mode.faults):
                 yield Setting(mode=name, strength=strength, task=task, hidden=64, layers=2, seed=strength)
+
+
+def _studied() -> Iterator[Setting]:
+    """Every strength of the modes that are hard to tell apart, in turn, with controls between them."""
+    kinds = ["healthy", "healthy_short_lag", "healthy_two_updates", "healthy_moving", "healthy_recipe"]
+    for strength, control in enumerate(kinds):
+        names = [*(name for name, mode in STUDIED.items() if strength < len(mode.faults)), control]
+        for turn, name in enumerate(names, start=strength):
+            task, hidden, layers = (("sort4", 48, 2), ("sort3", 64, 2), ("sort5", 64, 1))[turn % 3]
+            at = 0 if name == control else strength
+            yield Setting(mode=name, strength=at, task=task, hidden=hidden, layers=layers, seed=10 + strength)
 
 
 def _final() -> Iterator[Setting]:
@@ -93,4 +114,9 @@ def _guarded() -> Iterator[Setting]:
             yield replace(setting, guarded=True)
 
 
-SETS = {"tuning": tuple(_tuning()), "final": tuple(_final()), "guarded": tuple(_guarded())}
+SETS = {
+    "tuning": tuple(_tuning()),
+    "studied": tuple(_studied()),
+    "final": tuple(_final()),
+    "guarded": tuple(_guarded()),
+}

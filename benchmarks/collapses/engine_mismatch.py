@@ -12,11 +12,16 @@ def coarse(bits: int, learning_rate: float) -> Fault:
     return Fault(changes=changes, engine={"change": partial(quantised, bits=bits)})
 
 
+def coarser(*faults: Fault) -> Mode:
+    return Mode(cause="engine_precision", harms=[reward_lost, skill_lost, sampler_worse], faults=faults)
+
+
+STUDIED = {
+    "engine_precision_studied": coarser(coarse(2, 3e-4), coarse(3, 7e-4), coarse(2, 8e-4), coarse(4, 1e-3)),
+}
 MODES = {
-    "engine_precision": Mode(
-        cause="engine_precision",
-        harms=[reward_lost, skill_lost, sampler_worse],
-        faults=[coarse(5, 2e-4), coarse(3, 8e-4), coarse(3, 6e-4), coarse(3, 1e-3), coarse(3, 1.5e-3), coarse(2, 5e-4)],
+    "engine_precision": coarser(
+        coarse(5, 2e-4), coarse(3, 8e-4), coarse(3, 6e-4), coarse(3, 1e-3), coarse(3, 1.5e-3), coarse(2, 5e-4)
     ),
     "truncated_sampling": Mode(
         cause="truncated_sampling",

@@ -22,3 +22,9 @@ MODES = {
         faults=[spikes(30, 20, clip=1.0, learning_rate=2.5e-4), spikes(100, 10), spikes(300, 15), spikes(60, 10)],
     )
 }
+STUDIED = {
+    "gradient_spike_studied": Mode(
+        cause="gradient_spike",
+        faults=[spikes(200, 12), spikes(80, 20), spikes(150, 15, learning_rate=2.5e-4), spikes(500, 30), spikes(40, 8)],
+    )
+}

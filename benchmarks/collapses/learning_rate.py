@@ -2,9 +2,13 @@
 
 from collapses._mode import PLAIN, Fault, Mode
 
-MODES = {
-    "learning_rate": Mode(
+
+def rates(*values: float) -> Mode:
+    return Mode(
         cause="learning_rate",
-        faults=[Fault(changes={**PLAIN, "trainer.learning_rate": rate}) for rate in (4e-4, 1.2e-3, 1e-3, 2e-3)],
+        faults=[Fault(changes={**PLAIN, "trainer.learning_rate": rate}) for rate in values],
     )
-}
+
+
+MODES = {"learning_rate": rates(4e-4, 1.2e-3, 1e-3, 2e-3)}
+STUDIED = {"learning_rate_studied": rates(8e-4, 1.5e-3, 3e-3, 6e-4, 2.5e-3)}

@@ -8,6 +8,11 @@ def few(prompts: int, learning_rate: float) -> Fault:
     return Fault(changes={**PLAIN, "prompts": prompts, "trainer.learning_rate": learning_rate})
 
 
+STUDIED = {
+    "entropy_studied": Mode(
+        cause="entropy_collapse", harms=[skill_lost, variety_lost], faults=[few(10, 6e-4), few(5, 7e-4), few(16, 4e-4)]
+    )
+}
 MODES = {
     "entropy": Mode(
         cause="entropy_collapse",

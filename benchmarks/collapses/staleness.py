@@ -7,6 +7,7 @@ def lagging(lag: int, learning_rate: float) -> Fault:
     return Fault(changes={**PLAIN, "trainer.learning_rate": learning_rate}, engine={"lag": lag})
 
 
+STUDIED = {"staleness_studied": Mode(cause="staleness", faults=[lagging(10, 4.5e-4), lagging(6, 6e-4)])}
 MODES = {
     "staleness": Mode(
         cause="staleness", faults=[lagging(2, 1.5e-4), lagging(8, 4e-4), lagging(8, 5e-4), lagging(12, 4e-4)]

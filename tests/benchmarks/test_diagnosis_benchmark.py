@@ -61,6 +61,25 @@ def test_runs_are_scored_by_folder_and_by_the_hosts_log(benchmark: ModuleType, t
     assert found["host's log"]["confusion"]["staleness"] == {"none": 1}
 
 
+def test_what_was_not_harmed_or_no_setting_repairs_is_not_run_again(benchmark: ModuleType, tmp_path: Path) -> None:
+    for mode in ("healthy", "length"):
+        place_run(mode, tmp_path)
+    found = benchmark.repairs(benchmark.runs(tmp_path), tmp_path / "fixed")
+    (run,) = found["runs"]
+    assert (run["cause"], run["changes"], run["heals"]) == ("reward_hacking", (), False)
+    assert found["healed by the changes of the first cause"][:2] == [0, 0]
+    assert not list((tmp_path / "fixed").glob("*.yaml"))
+
+
+def test_the_sets_to_study_share_no_run_with_the_final_one(benchmark: ModuleType) -> None:
+    sets = sys.modules["collapses"].SETS
+    places = {name: {(run.hidden, run.layers, run.task, run.seed) for run in runs} for name, runs in sets.items()}
+    assert not places["final"] & (places["tuning"] | places["studied"])
+    modes = benchmark.MODES
+    strong = {repr(modes[r.mode].faults[r.strength]) for r in sets["final"] if r.strength > 0}
+    assert not strong & {repr(modes[r.mode].faults[r.strength]) for r in sets["studied"] if r.mode.endswith("_studied")}
+
+
 def test_weights_of_few_bits_have_few_levels(benchmark: ModuleType) -> None:
     engine = sys.modules["collapses._engine"]
     weights = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))

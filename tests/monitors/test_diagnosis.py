@@ -1,6 +1,6 @@
 """The cause named is the one that was put in; what is claimed has numbers; nothing is claimed of a healthy run.
 
-The tables in `recorded/` are real: runs of the quick start's model, 100 steps each, one fault a run, kept by
+The tables in `recorded/` are real: runs of the quick start's model, 100 steps each or 300, one fault a run, kept by
 `benchmarks/diagnosis.py keep`.
 """
 
@@ -29,8 +29,11 @@ CAUSES = {
     "engine_precision": "engine_precision",
     "truncated_sampling": "truncated_sampling",
     "template": "template",
+    "engine_precision_studied": "engine_precision",
     "learning_rate": "learning_rate",
+    "learning_rate_studied": "learning_rate",
     "gradient_spike": "gradient_spike",
+    "gradient_spike_studied": "gradient_spike",
     "entropy": "entropy_collapse",
     "diversity": "diversity_collapse",
     "length": "reward_hacking",
@@ -42,6 +45,7 @@ CAUSES = {
     "reference_drift": "reference_drift",
 }
 COLLAPSED = {
+    "engine_precision_studied",
     "staleness",
     "learning_rate",
     "gradient_spike",
@@ -145,6 +149,73 @@ def test_the_remedy_for_lag_is_not_given_for_a_static_mismatch() -> None:
 def test_routes_that_flip_are_no_matter_of_precision() -> None:
     assert "engine_precision" not in [claim.name for claim in diagnosis("router").claims]
     assert "of the (token, layer) pairs run other experts" in " ".join(first("router").evidence)
+
+
+@pytest.mark.parametrize("name", ["healthy", "learning_rate_studied", "gradient_spike_studied", "dead_reward"])
+def test_the_log_of_a_host_is_enough_for_some(name: str) -> None:
+    hosts = ("train/", "completions/", "rewards/")
+    run = read_run(RUNS / f"{name}.csv")
+    rows = [
+        replace(
+            row,
+            values={
+                ("train/entropy" if key == "policy/entropy" else key): value
+                for key, value in row.values.items()
+                if key == "policy/entropy" or key.startswith(hosts)
+            },
+        )
+        for row in run.metrics.rows
+    ]
+    claims = diagnosis_of(replace(run, metrics=replace(run.metrics, rows=tuple(rows)))).claims
+    assert (claims[0].name if claims else None) == CAUSES[name]
+    assert all("mismatch/k3" in claim.unread for claim in claims)
+
+
+def test_a_rate_too_high_brings_no_reward_for_the_way_it_goes() -> None:
+    evidence = " ".join(first("learning_rate_studied").evidence)
+    (gain,) = re.findall(r"nats/token from the start brought (\S+) standard deviations", evidence)
+    assert abs(float(gain)) < 0.15
+    assert "when entropy was down to 60%" in evidence
+    assert not any(claim.name == "diversity_collapse" for claim in diagnosis("learning_rate_studied").claims)
+
+
+def test_where_most_groups_teach_nothing_a_lesson_is_no_spike() -> None:
+    rng = np.random.default_rng(0)
+    norms = np.where(rng.random(200) < 0.4, rng.uniform(0.5, 2.0, 200), 1e-4)
+    reward = np.r_[np.full(100, 0.9), np.full(100, 0.5)] + 0.02 * rng.normal(size=200)
+    steps = np.arange(200)
+
+    def claimed(norms: np.ndarray) -> list[str]:
+        curves = {"train/grad_norm": Curve(steps, norms), "train/reward": Curve(steps, reward)}
+        return [claim.name for claim in diagnose(Trace(curves=curves)).claims]
+
+    assert "gradient_spike" not in claimed(norms)
+    assert "gradient_spike" in claimed(np.where(steps == 99, 50.0, norms))
+
+
+def test_broken_weights_are_told_from_another_prompt() -> None:
+    found = diagnosis("engine_precision_studied")
+    assert "template" not in [claim.name for claim in found.claims]
+    assert "likely ones by 2.5 nats and unlikely ones by 2" in " ".join(found.claims[0].evidence)
+
+
+def test_a_sampler_that_is_sure_of_other_tokens_saw_another_prompt() -> None:
+    """Where few tokens differ, it is not the size that tells, but which tokens do."""
+    steps = np.arange(40)
+
+    def claimed(likely: float, unlikely: float) -> list[str]:
+        values = {
+            "k1": 0.3,
+            "k3": 0.3,
+            "f2": 0.2,
+            "bucket/0.5-1/mean_abs": likely,
+            "bucket/0.01-0.1/mean_abs": unlikely,
+        }
+        curves = {f"mismatch/{key}": Curve(steps, np.full(40, value)) for key, value in values.items()}
+        return [claim.name for claim in diagnose(Trace(curves=curves)).claims]
+
+    assert claimed(0.5, 0.4) == ["template"]
+    assert claimed(0.05, 0.4) == ["engine_precision"]
 
 
 def test_what_is_missing_is_named() -> None:

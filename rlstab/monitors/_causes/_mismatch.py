@@ -11,6 +11,8 @@ NONE = 1e-3
 """Values of k3, in nats/token: worth a look, able to destabilise training, and none to speak of."""
 
 K3 = "mismatch/k3"
+MOST = 0.55
+"""Share of tokens that differ by more than a factor of 2 beyond which not the prompt alone can be another."""
 
 
 def differs(trace: Trace, bound: float) -> Sighting:
@@ -45,6 +47,24 @@ def differed_at_first(trace: Trace) -> Sighting:
     holds = began > max(NONE, 0.1 * later)
     step = int(trace.finite(K3).steps[0])
     return Sighting(holds, f"k3 was {began:.2g} at the first step already, before any update ({later:.2g} later)", step)
+
+
+def another_prompt(trace: Trace) -> Sighting:
+    """See whether the sampler is as sure as ever, but of other tokens.
+
+    Rounding moves likely tokens least, and other weights move nearly all of them; a model that sees another prompt
+    disagrees where it is sure, and agrees again where the completion tells what comes next. Without the disagreement by
+    probability only its size is left to look at.
+    """
+    began, share = first(trace), trace.start("mismatch/f2")
+    likely, unlikely = (trace.start(f"mismatch/bucket/{bucket}/mean_abs") for bucket in ("0.5-1", "0.01-0.1"))
+    says = f"at the first step k3 was {began:.2g} nats/token"
+    if not np.isnan(share):
+        says += f", {share:.0%} of the tokens differed by more than a factor of 2"
+    if np.isnan(likely) or np.isnan(unlikely):
+        return Sighting(began >= 1.0 and not share > MOST, says)
+    says += f", likely ones by {likely:.2g} nats and unlikely ones by {unlikely:.2g}"
+    return Sighting(began > max(0.1, missing_mass(trace)) and likely > 0.9 * unlikely and not share > MOST, says)
 
 
 def growth(trace: Trace) -> Sighting:

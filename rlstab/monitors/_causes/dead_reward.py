@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from rlstab.monitors._causes._common import AGREEMENT
+from rlstab.monitors._causes._common import AGREEMENT, ENTROPY
 from rlstab.monitors._diagnosis_data import Explanation, Sighting, Sign, Trace
 
 REWARD, SPREAD, NORM = "train/reward", "train/reward_std", "train/grad_norm"
@@ -37,6 +37,22 @@ def _policy_is_well(trace: Trace) -> Sighting:
     )
 
 
+def _policy_stays(trace: Trace) -> Sighting | None:
+    """See that the policy writes as before: where it broke, its entropy or the length of its completions tell."""
+    died = _dies(trace).since
+    if died is None:
+        return None
+    seen = []
+    for key in filter(None, (trace.first_of(*ENTROPY.split("|")), trace.first_of("completions/mean_length"))):
+        steps, values = trace.finite(key)
+        before, after = values[(steps < died) & (steps >= died - 10)], values[(steps >= died) & (steps < died + 10)]
+        if len(before) and len(after):
+            stays = bool(0.75 * before.mean() < after.mean() < 1.33 * before.mean())
+            seen.append(Sighting(stays, f"{key} went from {before.mean():.3g} to {after.mean():.3g} then"))
+    says = ", ".join(sight.says for sight in seen)
+    return Sighting(all(sight.holds for sight in seen), says) if seen else None
+
+
 def _no_gradient(trace: Trace) -> Sighting:
     before, after = trace.part(NORM, 0.0, 0.2), trace.end(NORM)
     return Sighting(after < 0.2 * before, f"the gradient norm fell from {before:.2g} to {after:.2g}")
@@ -50,6 +66,7 @@ EXPLANATION = Explanation(
         Sign(reads=(SPREAD, REWARD), look=_at_once, role="needed"),
         Sign(reads=("eval/reward",), look=_policy_is_well, role="veto"),
         AGREEMENT,
+        Sign(reads=(SPREAD,), look=_policy_stays, role="veto"),
         Sign(reads=(NORM,), look=_no_gradient),
     ),
     remedy=(

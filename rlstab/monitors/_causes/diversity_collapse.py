@@ -1,9 +1,9 @@
 """The policy finds fewer different answers, though its best one got better."""
 
-from rlstab.monitors._causes._common import AGREEMENT, ENTROPY, chosen
+from rlstab.monitors._causes._common import AGREEMENT, ENTROPY, chosen, lasting_fall
 from rlstab.monitors._diagnosis_data import Edit, Explanation, Sighting, Sign, Trace
 
-ONE = "eval/pass@1"
+ONE, REWARD = "eval/pass@1", "train/reward"
 
 
 def _widest(trace: Trace) -> str | None:
@@ -35,6 +35,14 @@ def _not_worse(trace: Trace) -> Sighting:
     return Sighting(bool(held), f"while pass@1 went from {values[0]:.3g} to {values[-1]:.3g}")
 
 
+def _reward_holds(trace: Trace) -> Sighting:
+    """See that the policy keeps what it found: one that loses it has another trouble."""
+    fall = lasting_fall(trace, REWARD)
+    if fall is None:
+        return Sighting(True, f"the reward ends at {trace.end(REWARD):.3g} and never fell for good")
+    return Sighting(False, f"the reward fell from {fall.best:.3g} to {fall.after:.3g}")
+
+
 def _less_entropy(trace: Trace) -> Sighting:
     key = chosen(trace, ENTROPY)
     start, end = trace.start(key), trace.end(key)
@@ -55,6 +63,7 @@ EXPLANATION = Explanation(
     signs=(
         Sign(reads=(ONE,), look=_narrower, role="needed"),
         Sign(reads=(ONE,), look=_not_worse, role="needed"),
+        Sign(reads=(REWARD,), look=_reward_holds, role="veto"),
         AGREEMENT,
         Sign(reads=(ENTROPY,), look=_less_entropy),
     ),

@@ -1,14 +1,14 @@
 """The engine computes with other numbers than the trainer: another dtype, quantised weights, another kernel."""
 
 from rlstab.monitors._causes import _mismatch
+from rlstab.monitors._causes._common import slower
 from rlstab.monitors._diagnosis_data import Edit, Explanation, Sighting, Sign, Trace
 
 K3 = _mismatch.K3
 
 
-def _small_at_first(trace: Trace) -> Sighting:
-    began = _mismatch.first(trace)
-    return Sighting(began < 1.0, f"at the first step k3 was {began:.2g} nats/token: rounding, not another prompt")
+def _same_prompt(trace: Trace) -> Sighting:
+    return _mismatch.opposite(_mismatch.another_prompt(trace))
 
 
 def _rare(trace: Trace) -> Sighting:
@@ -24,7 +24,7 @@ def _same_experts(trace: Trace) -> Sighting:
 def _edits(trace: Trace) -> list[Edit]:
     if trace.setting("engine.init_args.dtype") is not None:
         return [Edit("engine.init_args.dtype", None, "sample in the trainer's precision")]
-    return []
+    return slower(trace, 4)
 
 
 EXPLANATION = Explanation(
@@ -33,7 +33,7 @@ EXPLANATION = Explanation(
     signs=(
         Sign(reads=(K3,), look=lambda trace: _mismatch.differs(trace, _mismatch.LOOK), role="needed"),
         Sign(reads=(K3,), look=_mismatch.differed_at_first, role="needed"),
-        Sign(reads=(K3,), look=_small_at_first, role="needed"),
+        Sign(reads=(K3,), look=_same_prompt, role="needed"),
         Sign(reads=("mismatch/k1", K3), look=_mismatch.whole_support, role="needed"),
         Sign(reads=("mismatch/f2",), look=_rare),
         Sign(reads=("routes/own_flip_share",), look=_same_experts, role="veto"),

@@ -1,10 +1,9 @@
 """The policy has stopped to explore before it was done."""
 
-from rlstab.monitors._causes._common import AGREEMENT, ENTROPY, chosen
+from rlstab.monitors._causes._common import AGREEMENT, ENTROPY, HELD_OUT, chosen
 from rlstab.monitors._diagnosis_data import Edit, Explanation, Sighting, Sign, Trace
 
 REWARD, ZERO = "train/reward", "train/frac_reward_zero_std"
-HELD_OUT = "eval/pass@1|eval/reward"
 
 
 def _gone(trace: Trace) -> Sighting:
@@ -21,9 +20,10 @@ def _overfits(trace: Trace) -> Sighting:
 
 
 def _apart(trace: Trace) -> Sighting:
+    """See that the training prompts are solved better than others: a loss that they share is none of exploration."""
     key = chosen(trace, HELD_OUT)
     trained, held_out = trace.end(REWARD), float(trace.finite(key).values[-1])
-    return Sighting(trained > held_out + 0.1, f"reward {trained:.3g} on the training prompts, {held_out:.3g} on others")
+    return Sighting(trained > held_out + 0.05, f"reward {trained:.3g} on its prompts, {held_out:.3g} on others")
 
 
 def _no_signal(trace: Trace) -> Sighting:
@@ -56,7 +56,7 @@ EXPLANATION = Explanation(
         Sign(reads=(ENTROPY,), look=_gone, role="needed"),
         Sign(reads=(HELD_OUT,), look=_overfits, role="needed"),
         AGREEMENT,
-        Sign(reads=(HELD_OUT, REWARD), look=_apart),
+        Sign(reads=(HELD_OUT, REWARD), look=_apart, role="veto"),
         Sign(reads=(ZERO,), look=_no_signal),
         Sign(reads=(REWARD,), look=_few_prompts, weight=0.5),
     ),

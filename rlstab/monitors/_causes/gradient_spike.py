@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from rlstab.monitors._causes._common import AGREEMENT, slower, spikes
+from rlstab.monitors._causes._common import AGREEMENT, lasting_fall, lasting_held_out_fall, slower, spikes
 from rlstab.monitors._diagnosis_data import Edit, Explanation, Sighting, Sign, Trace
 
 NORM, REWARD = "train/grad_norm", "train/reward"
@@ -21,9 +21,16 @@ def _stand_out(trace: Trace) -> Sighting:
 
 
 def _throw_back(trace: Trace) -> Sighting:
-    """See the reward after the first spike below what it was: under Adam a spike acts for some steps."""
+    """See the reward, or a held-out score, fall after the first spike, at once or for good.
+
+    Under Adam a spike acts for some steps, and makes those that follow small: several wear a policy out.
+    """
     steps, sizes = spikes(trace)
     first = int(steps[sizes > TIMES][0]) if np.any(sizes > TIMES) else trace.last_step
+    falls = {"mean reward": lasting_fall(trace, REWARD), "held-out score": lasting_held_out_fall(trace)}
+    for what, fall in falls.items():
+        if fall is not None and fall.since > first:
+            return Sighting(True, f"the {what} fell from {fall.best:.3g} to {fall.after:.3g}, at step {fall.since}")
     at, values = trace.finite(REWARD)
     before, after = values[(at > first - 10) & (at <= first)], values[(at > first) & (at <= first + 15)]
     if not len(before) or not len(after):

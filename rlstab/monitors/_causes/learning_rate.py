@@ -1,36 +1,44 @@
 """The updates are too large."""
 
+import numpy as np
+
 from rlstab.monitors._causes._common import (
     AGREEMENT,
     DRIFT,
     ENTROPY,
     EVEN_GRADIENT,
     chosen,
-    learning_rate,
-    lost_since,
+    lasting_fall,
+    lasting_held_out_fall,
     slower,
 )
 from rlstab.monitors._diagnosis_data import Explanation, Sighting, Sign, Trace
 
-REWARD = "train/reward"
-KEPT = 0.75
-"""Share of its best below which the reward, and the held-out one, must end."""
+REWARD, SPREAD = "train/reward", "train/reward_std"
+NEAR = 0.1
+"""Nats/token from the start that a policy which learns does not go before the reward shows it."""
+USED_UP = 0.6
+"""Share of its entropy that a policy which learns does not fall to before the reward shows it."""
 
 
 def _falls(trace: Trace) -> Sighting:
-    since = lost_since(trace, REWARD, KEPT)
-    peak = float(trace.finite(REWARD).values.max())
-    return Sighting(since >= 0, f"the reward fell from {peak:.3g} to {trace.end(REWARD):.3g}, for good", since)
+    """See the reward fall for good, or the held-out score while the reward of training does not rise."""
+    fall, what = lasting_fall(trace, REWARD), "reward"
+    if fall is None and trace.end(REWARD) <= trace.finite(REWARD).values[0]:
+        fall, what = lasting_held_out_fall(trace), "held-out score"
+    if fall is None:
+        return Sighting(False, "the reward did not fall for good")
+    says = f"the {what} fell from {fall.best:.3g} to {fall.after:.3g}, for good, at step {fall.since}"
+    return Sighting(True, says, fall.since)
 
 
-def _early(trace: Trace) -> Sighting:
-    since, steps = lost_since(trace, REWARD, KEPT), trace.last_step
-    return Sighting(0 <= since < 0.3 * steps, f"it fell at step {since} of {steps}")
-
-
-def _policy_too(trace: Trace) -> Sighting:
-    best, end = float(trace.finite("eval/reward").values.max()), trace.finite("eval/reward").values[-1]
-    return Sighting(end < KEPT * best, f"so did the held-out reward, from {best:.3g} to {end:.3g}")
+def _policy_too(trace: Trace) -> Sighting | None:
+    """See that the policy itself became worse, and not what it was shown: held-out prompts tell."""
+    fall, (steps, values) = lasting_fall(trace, REWARD), trace.finite("eval/reward")
+    if fall is None or not np.any(steps >= fall.since):
+        return None
+    best, after = float(values.max()), float(values[steps >= fall.since].mean())
+    return Sighting(after < 0.95 * best, f"so did the held-out reward, from {best:.3g} to {after:.3g}")
 
 
 def _far(trace: Trace) -> Sighting:
@@ -40,15 +48,48 @@ def _far(trace: Trace) -> Sighting:
     return Sighting(early > 0.3, f"within the first third the policy was {early:.2g} nats/token from its start")
 
 
-def _entropy_jumps(trace: Trace) -> Sighting:
+def _gain(trace: Trace, step: int) -> float:
+    """Return what the reward around a step was above that of the first ones, in standard deviations of completions."""
+    steps, rewards = trace.finite(REWARD)
+    around = rewards[np.abs(steps - step) <= 8]
+    spread = float(trace.finite(SPREAD).values[:10].max())
+    return (float(around.mean()) - float(rewards[:5].mean())) / spread if len(around) and spread > 0 else float("nan")
+
+
+def _far_for_nothing(trace: Trace) -> Sighting | None:
+    """See what the reward had gained when the policy was no longer near its start."""
+    steps, far = trace.finite(chosen(trace, DRIFT))
+    left = np.flatnonzero(far > NEAR)
+    gain = _gain(trace, int(steps[left[0]])) if len(left) else np.nan
+    if np.isnan(gain):
+        return None
+    moved = float(far[left[0]])
+    says = f"the first {moved:.2g} nats/token from the start brought {gain:.2g} standard deviations of reward"
+    return Sighting(gain < 0.35 * np.sqrt(moved), says, int(steps[left[0]]))
+
+
+def _sure_for_nothing(trace: Trace) -> Sighting | None:
+    """See what the reward had gained when two fifths of the entropy were used up; or entropy that rises instead."""
     key = chosen(trace, ENTROPY)
     start, most = trace.start(key), float(trace.finite(key).values.max())
-    return Sighting(most > 1.4 * start, f"entropy rose from {start:.2g} to {most:.2g} nats/token")
+    rises = trace.lasting(key, lambda entropy: entropy > 1.4 * start)
+    if rises >= 0:
+        return Sighting(True, f"entropy rose from {start:.2g} to {most:.2g} nats/token", rises)
+    low = trace.lasting(key, lambda entropy: entropy < USED_UP * start)
+    gain = _gain(trace, low) if low >= 0 else np.nan
+    if np.isnan(gain):
+        return None
+    says = f"when entropy was down to {USED_UP:.0%}, the reward had gained {gain:.2g} standard deviations"
+    return Sighting(gain < 0.25, says, low)
 
 
-def _large(trace: Trace) -> Sighting:
-    rate = learning_rate(trace)
-    return Sighting(rate is not None and rate > 1e-3, f"the learning rate is {rate:g}")
+def _restless(trace: Trace) -> Sighting | None:
+    """See the distance from the start jump: what grows steadily in a run that learns."""
+    values = trace.finite(chosen(trace, DRIFT)).values
+    if len(values) < 5:
+        return None
+    jump = float(np.median(np.abs(np.diff(values))))
+    return Sighting(jump > 0.08, f"between two measurements the distance from the start changes by {jump:.2g} nats")
 
 
 EXPLANATION = Explanation(
@@ -58,10 +99,10 @@ EXPLANATION = Explanation(
         Sign(reads=(REWARD,), look=_falls, role="needed"),
         AGREEMENT,
         Sign(reads=("eval/reward",), look=_policy_too, role="veto"),
-        Sign(reads=(REWARD,), look=_early),
+        Sign(reads=(DRIFT, SPREAD), look=_far_for_nothing),
+        Sign(reads=(ENTROPY, SPREAD), look=_sure_for_nothing, weight=2.0),
         Sign(reads=(DRIFT,), look=_far),
-        Sign(reads=(ENTROPY,), look=_entropy_jumps),
-        Sign(reads=("train/learning_rate",), look=_large, weight=0.5),
+        Sign(reads=(DRIFT,), look=_restless),
         EVEN_GRADIENT,
     ),
     remedy="Lower the learning rate, and warm it up. Clipping the gradient does not rescue it under Adam.",
