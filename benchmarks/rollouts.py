@@ -1,6 +1,6 @@
 """Tokens per second of the rollout engines against the bare backend, on the same requests, in turn, in one run.
 
-    python benchmarks/rollouts.py [--rounds N] [--json FILE]
+    python benchmarks/rollouts.py [--rounds N] [--engines transformers|vllm|server ...] [--json FILE]
 
 One thread, the tiny dense model of `rlstab.models`, batches of 32 prompts with 8 completions each. The backend is
 `model.generate` with the settings that TRL gives it, and the unpadded lists that TRL makes of its result. Where lengths
@@ -10,7 +10,7 @@ Time is CPU time, which equals wall time where one thread has a core to itself, 
 
 With vLLM installed, `VLLMEngine` is compared with `vllm.LLM` itself on the same requests (log-probs asked of both), and
 `VLLMServerEngine` with a bare client of the same server, which posts each request to `/v1/completions` and reads tokens
-and log-probs, in wall time. The time of a weight sync is noted for both.
+and log-probs, in wall time. The time of a weight sync is noted for both. Numbers are printed and written as they come.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -49,6 +50,7 @@ from rlstab.rollouts import (
     VLLMEngine,
     VLLMServerEngine,
 )
+from rlstab.rollouts._vllm_cores import InProcess
 
 BATCH, GROUP = 256, 8
 CASES = {"lengths equal": (1, 64, 64), "lengths 20 to 200": (1, 20, 200), "the same, 3 batches": (3, 20, 200)}
@@ -132,21 +134,29 @@ def bare_vllm(llm: Any, requests: Sequence[Request]) -> int:
     return sum(len(ids) for ids, _ in lists)
 
 
-def compare_vllm(tokenizer: PreTrainedTokenizerFast, rounds: int) -> dict[str, dict[str, float]]:
+Row = tuple[str, dict[str, float]]
+
+
+def compare_transformers(tokenizer: PreTrainedTokenizerFast, rounds: int) -> Iterator[Row]:
+    """`TransformersEngine` against `generate` of the same model."""
+    model = tiny_causal_lm(tokenizer)
+    engine = TransformersEngine(model, tokenizer, slots=BATCH)
+    for name, case in CASES.items():
+        requests = requests_of(*case)
+        ours, bare = partial(engine_generate, engine, requests), partial(generate, model, tokenizer, requests)
+        yield f"transformers, {name}", compare(ours, bare, rounds)
+
+
+def compare_vllm(tokenizer: PreTrainedTokenizerFast, rounds: int) -> Iterator[Row]:
     """`VLLMEngine` against the very vLLM inside it, so that both have the same model and settings."""
     model = tiny_causal_lm(tokenizer, heads=2)
-    results = {}
     with VLLMEngine(model, tokenizer, arguments={"max_model_len": 256, "kv_cache_memory_bytes": 1 << 27}) as engine:
-        bare = engine._core._llm  # type: ignore[attr-defined]
+        assert isinstance(engine._core, InProcess)
         for name, case in CASES.items():
             requests = requests_of(*case)
-            results[f"vllm, {name}"] = compare(
-                lambda requests=requests: engine_generate(engine, requests),  # type: ignore[misc]
-                lambda requests=requests: bare_vllm(bare, requests),  # type: ignore[misc]
-                rounds,
-            )
-        results["vllm, weight sync"] = time_of_a_sync(engine, model)
-    return results
+            ours, bare = partial(engine_generate, engine, requests), partial(bare_vllm, engine._core._llm, requests)
+            yield f"vllm, {name}", compare(ours, bare, rounds)
+        yield "vllm, weight sync", time_of_a_sync(engine, model)
 
 
 async def bare_client(url: str, name: str, requests: Sequence[Request]) -> int:
@@ -169,10 +179,9 @@ async def bare_client(url: str, name: str, requests: Sequence[Request]) -> int:
         return sum(await asyncio.gather(*map(complete, requests)))
 
 
-def compare_server(tokenizer: PreTrainedTokenizerFast, rounds: int) -> dict[str, dict[str, float]]:
+def compare_server(tokenizer: PreTrainedTokenizerFast, rounds: int) -> Iterator[Row]:
     """`VLLMServerEngine` against a bare client of the very server that it talks to."""
     model = tiny_causal_lm(tokenizer, heads=2)
-    results = {}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -183,14 +192,14 @@ def compare_server(tokenizer: PreTrainedTokenizerFast, rounds: int) -> dict[str,
         ):
             for name, case in CASES.items():
                 requests = requests_of(*case)
-                results[f"server, {name}"] = compare(
-                    lambda requests=requests: engine_generate(engine, requests),  # type: ignore[misc]
-                    lambda requests=requests: asyncio.run(bare_client(server.url, folder, requests)),  # type: ignore[misc]
-                    rounds,
-                    clock=time.perf_counter,
-                )
-            results["server, weight sync"] = time_of_a_sync(engine, model)
-    return results
+                ours = partial(engine_generate, engine, requests)
+                bare = partial(client_generate, server.url, folder, requests)
+                yield f"server, {name}", compare(ours, bare, rounds, clock=time.perf_counter)
+            yield "server, weight sync", time_of_a_sync(engine, model)
+
+
+def client_generate(url: str, name: str, requests: Sequence[Request]) -> int:
+    return asyncio.run(bare_client(url, name, requests))
 
 
 def time_of_a_sync(engine: Engine, model: PreTrainedModel) -> dict[str, float]:
@@ -228,33 +237,25 @@ def compare(
     }
 
 
+ENGINES = {"transformers": compare_transformers, "vllm": compare_vllm, "server": compare_server}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    here = list(ENGINES) if find_spec("vllm") else ["transformers"]
+    parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=here)
     parser.add_argument("--json", type=Path, help="file for the numbers")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer = tiny_tokenizer("0123456789+= ")
-    model = tiny_causal_lm(tokenizer)
-    engine = TransformersEngine(model, tokenizer, slots=BATCH)
     results: dict[str, dict[str, float]] = {}
-    for name, case in CASES.items():
-        requests = requests_of(*case)
-        results[f"transformers, {name}"] = compare(
-            lambda requests=requests: engine_generate(engine, requests),  # type: ignore[misc]
-            lambda requests=requests: generate(model, tokenizer, requests),  # type: ignore[misc]
-            arguments.rounds,
-        )
-    if find_spec("vllm"):
-        results |= compare_vllm(tokenizer, arguments.rounds)
-        results |= compare_server(tokenizer, arguments.rounds)
-    print(" " * 34 + "".join(f"{column:>19}" for column in next(iter(results.values()))))
-    for name, row in results.items():
-        cells = (f"{value:19.2f}" if value < 100 else f"{value:19.0f}" for value in row.values())
-        print(f"{name:34}" + "".join(cells))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
-    print(json.dumps(results))
+    for engine in arguments.engines:
+        for name, row in ENGINES[engine](tokenizer, arguments.rounds):
+            results[name] = row
+            print(f"{name:34}" + ", ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
