@@ -192,7 +192,11 @@ def _of_policy(back: Action) -> Sequence[Rule]:
         Rule(signal="train/frac_reward_zero_std", detector=Level(above=0.8, clear=0.7, steps=10), cause="saturation"),
         Rule(signal="train/reward", detector=sinking, cause="reward"),
         Rule(
-            signal="train/reward", detector=Fall(window=10, noise=5.0), severity="critical", action=back, cause="reward"
+            signal="train/reward",
+            detector=Fall(share=0.85, window=10, noise=5.0),
+            severity="critical",
+            action=back,
+            cause="reward",
         ),
     )
 

@@ -315,6 +315,16 @@ DRIFT = (
             cost=_DRIFT_COST,
         )
     ),
+    *with_se(
+        Signal(
+            "drift/previous/kl",
+            "how far the update before this step moved the policy",
+            formula="mean_t KL(π(·|prefix_t) ‖ π_before(·|prefix_t)), exact; π_before is one update older",
+            unit="nats/token",
+            cadence=_POSITIONS,
+            cost="one forward of the policy, without gradient, at the positions of drift/initial/kl",
+        )
+    ),
     Signal(
         "drift/<source>/reward_correlation",
         "whether completions that the policy has moved towards are those with reward; lost where something else pays",

@@ -46,6 +46,7 @@ def put_back(trainer: Any, snapshot: Snapshot) -> None:
             if name.startswith(MOVING):
                 local(tensor).copy_(tensors[name])
         trainer._references.snapshots.load_state_dict(tensors)
+        trainer._drift.forget()
     if isinstance(trainer, TrustRegionSFTTrainer):
         trainer.objective.load_state_dict(values["objective"])
         for source, policy in trainer._snapshots.items():

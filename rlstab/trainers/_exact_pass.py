@@ -26,8 +26,9 @@ from rlstab.trainers._host import (
 )
 from rlstab.trainers._references import References
 
-__all__ = ["ExactPass", "States", "Streaming", "completion_labels", "forward_inputs", "whole"]
+__all__ = ["ExactPass", "States", "Streaming", "completion_labels", "forward_inputs", "logits_of", "whole"]
 
+STRIPE = 4096  # rows of a head that are raised to float32 at a time
 IGNORED = -100  # label of positions that are not scored
 ROW_COUNTS = ("logits_to_keep", "num_images", "num_tiles")  # how the host splits a batch, nothing a model takes
 
@@ -152,6 +153,20 @@ def whole(heads: list[Head]) -> list[Head]:
         replace(head, weight=full.get(id(head.weight), head.weight), bias=full.get(id(head.bias), head.bias))
         for head in heads
     ]
+
+
+@torch.no_grad()
+def logits_of(states: States) -> Tensor:
+    """The logits `[N, V]` of a few positions, divided by the temperature, in float32."""
+    (head,) = whole([states.head])
+    hidden = states.hidden.to(head.weight.device).float()
+    with nullcontext() if head.gather is None else head.gather(head.weight, head.bias):
+        products = [hidden @ rows.float().t() for rows in head.weight.split(STRIPE)]
+        z = torch.cat(products, dim=-1) if head.bias is None else torch.cat(products, dim=-1) + head.bias.float()
+    z = z * head.logit_scale
+    if head.soft_cap is not None:
+        z = head.soft_cap * (z / head.soft_cap).tanh()
+    return z / head.temperature
 
 
 def _aux_loss(model: Any, router_logits: Any, attention_mask: Tensor | None) -> Tensor:

@@ -424,8 +424,8 @@ class StableGRPOTrainer(GRPOTrainer):
 
     def _close_step(self) -> None:
         numbers = self._routing.values()
-        if self.signals.drift and self.state.global_step % self.signals.drift_every == 0:
-            numbers |= self._drift.measure(self._window())
+        if self.signals.drift:
+            numbers |= self._drift.close_step(self._window)
         joined = self._mismatch.tensors() | (self._beside() if self._beside is not None else {})
         self._steps.close(joined, numbers, self._accumulation())
 

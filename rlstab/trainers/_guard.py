@@ -32,10 +32,11 @@ class Guard:
     ahead of time are dropped, and the sampler gets the restored weights, verified as at every sync, before it samples
     again.
 
-    A snapshot is taken unless a rule is raised that skips steps, goes back or stops; a warning alone, which may stay
-    open for long, does not keep one from being taken. The best one stays, however old it is: by held-out scores where
-    they are known, else by the mean reward since the snapshot before. A rule that asks for going back says since when
-    its signal is out of order, and the newest snapshot from before that is restored.
+    A snapshot is taken every so many steps and after an evaluation, unless a rule is raised that skips steps, goes back
+    or stops; a warning alone, which may stay open for long, does not keep one from being taken. The best one stays,
+    however old it is: by held-out scores where they are known, else by the mean reward since the snapshot before. A
+    rule that asks for going back says since when its signal is out of order, and the newest snapshot from before that
+    is restored, which is used up unless it is the best.
 
     The ring of snapshots and the number of rollbacks left are part of every checkpoint. Where FSDP2 spreads the weights
     over ranks, each rank keeps its own shards.

@@ -73,6 +73,11 @@ class Keeper:
         """Whether a snapshot is due, if the run is healthy."""
         return self._guard is not None and step % self._guard.every == 0
 
+    @property
+    def evaluated(self) -> bool:
+        """Whether held-out scores have come since the last snapshot, so that it is time for one of their own."""
+        return self._guard is not None and self.standing.evaluated
+
     def keep(self, step: int, run: Run, trainer: Any, extra: Mapping[str, Any]) -> None:
         """Take a snapshot; of a trainer that is attached to, with what else belongs to it."""
         if self._guard is not None:

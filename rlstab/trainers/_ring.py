@@ -81,11 +81,12 @@ class Ring:
     def before(self, step: int) -> Snapshot:
         """Take out the newest snapshot from before a step, and those after it: who comes again goes further back.
 
-        The oldest stays, whatever its step.
+        The oldest stays, whatever its step, and one whose score is the best so far: it is not the one to blame.
         """
         healthy = [entry for entry in self._entries if entry.step < step] or self._entries[:1]
         snapshot = healthy[-1].load()
-        stays = healthy[:-1] or healthy
+        proved = best_of([entry.scores for entry in healthy]) == len(healthy) - 1
+        stays = healthy if proved else healthy[:-1] or healthy
         _remove([entry for entry in self._entries if entry not in stays])
         self._entries = stays
         return snapshot

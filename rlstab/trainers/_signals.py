@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,13 @@ from rlstab.losses import (
     bucket_rows,
     bucket_values,
     clustered_mean,
+    exact_kl,
     mismatch_rows,
     mismatch_values,
     streamed_statistics,
 )
 from rlstab.trainers import _batches
-from rlstab.trainers._exact_pass import States, Streaming, completion_labels, forward_inputs, whole
+from rlstab.trainers._exact_pass import States, Streaming, completion_labels, forward_inputs, logits_of, whole
 from rlstab.trainers._lag import VERSION, LagRegression
 from rlstab.trainers._references import References
 
@@ -38,8 +39,9 @@ class Signals:
         mismatch: compare the policy in training with the sampler at every step where the sampler's log-probs came back.
             From the second update of a batch on this includes what the updates moved, not the engine's error alone;
             over tokens of differing lag the two are told apart (`mismatch/engine_k3`, `mismatch/lag_k3`).
-        drift: measure the exact KL from the policy to `initial` (and to `moving`, where one is kept), and whether what
-            the policy has moved towards are the completions with reward (`drift/initial/reward_correlation`).
+        drift: measure the exact KL from the policy to `initial` (and to `moving`, where one is kept) and how far the
+            update of the step moved it (`drift/previous/kl`), and whether what the policy has moved towards are the
+            completions with reward (`drift/initial/reward_correlation`).
         drift_every: optimizer steps between two measurements of drift.
         drift_positions: most completion positions per measurement, over all ranks (at least one on each).
         sync: prove at each weight sync that a rollout engine with weights of its own is the same model as the policy
@@ -139,14 +141,49 @@ class Mismatch:
         self._lag.load_state_dict(state["lag"])
 
 
+class _Before(NamedTuple):
+    """The policy before an update, at the positions of a measurement."""
+
+    step: int
+    call: dict[str, Any]
+    labels: Tensor
+    chosen: Tensor
+    mask: Tensor
+    group: Tensor
+    logits: Tensor
+
+
 class Drift:
-    """Exact KL from the policy to the references at sampled positions."""
+    """Exact KL from the policy to the references, and to itself before an update, at sampled positions."""
 
     def __init__(self, trainer: Any, references: References, streaming: Streaming, signals: Signals) -> None:
         self._trainer = trainer
         self._streaming = streaming
         self._references = references
         self._signals = signals
+        self._before: _Before | None = None
+
+    def close_step(self, window: Callable[[], Sequence[Mapping[str, Any]]]) -> dict[str, float]:
+        """What is due before the update of a step: how far the one before moved the policy, and how far it has come.
+
+        Args:
+            window: gives the micro-batches of the optimizer step, of one generation.
+        """
+        step, before, self._before = self._trainer.state.global_step, self._before, None
+        values = self._moved(before) if before is not None and before.step == step - 1 else {}
+        return values | self.measure(window()) if step % self._signals.drift_every == 0 else values
+
+    def forget(self) -> None:
+        """The policy was replaced: nothing is to be said of how far it moved."""
+        self._before = None
+
+    def _moved(self, before: _Before) -> dict[str, float]:
+        """KL(policy ‖ policy before its last update) per token, with its standard error by prompt."""
+        now = logits_of(self._states(self._trainer.model, before.call, before.labels))
+        kl = exact_kl(now, before.logits)
+        everywhere = self._gather(kl.new_zeros(before.chosen.shape).masked_scatter(before.chosen, kl))
+        mean, error = torch.stack(clustered_mean(everywhere, before.mask, before.group)).tolist()
+        return {"drift/previous/kl": mean, "drift/previous/kl_se": error}
 
     def measure(self, window: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """KL(policy ‖ reference) per token with its standard error by prompt, for every reference in memory.
@@ -160,6 +197,8 @@ class Drift:
         labels, call = completion_labels(inputs, chosen), forward_inputs(inputs)
         policy = self._states(self._trainer.model, call, labels)
         mask, group = self._gather(chosen.int()).bool(), self._gather(inputs["rlstab_group"])
+        step = self._trainer.state.global_step
+        self._before = _Before(step, call, labels, chosen, mask, group, logits_of(policy))
         tokens = inputs["completion_ids"][chosen]
         values: dict[str, Tensor] = {}
         for source in sorted(self._references.own):

@@ -24,6 +24,11 @@ class Standing:
             if math.isfinite(values.get(key, math.nan)):
                 self._values.setdefault(key, []).append(values[key])
 
+    @property
+    def evaluated(self) -> bool:
+        """Whether any of them is of an evaluation."""
+        return any(key.startswith("eval/") for key in self._values)
+
     def take(self) -> dict[str, float]:
         """The mean of each score, which are then forgotten.
 

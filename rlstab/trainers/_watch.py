@@ -176,7 +176,9 @@ class Watch(TrainerCallback, ExportableState, StepReader):
     # ------------------------------------------------------------------ a step
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget the last step; let the probes see this one if it is their turn."""
+        """Forget the last step; let the probes see this one if it is their turn; keep a policy that was evaluated."""
+        if self._keeper.evaluated and self.monitor.healthy:
+            self._snapshot(state.global_step, Run.of(control, kwargs))
         self._measuring.open_step(state.global_step + 1)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -305,7 +307,9 @@ class Watch(TrainerCallback, ExportableState, StepReader):
         assert self._scaling is not None
         last = self._keeper.used_up
         products = dict(self._scaling.products)
-        snapshot = self._keeper.go_back(step, due.since - 1, run, self._trainer)  # what a step measures came before it
+        # What a step measures is of the policy before its update, what an evaluation measures of the one after it.
+        before = due.since if due.rule.signal.startswith(HELD_OUT) else due.since - 1
+        snapshot = self._keeper.go_back(step, before, run, self._trainer)
         self._scaling.products = dict(snapshot.extra["products"])
         self.monitor.load_state_dict(snapshot.extra["monitor"], step=step)
         self._measuring.load_state_dict(snapshot.extra["signals"])

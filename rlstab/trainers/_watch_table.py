@@ -73,6 +73,7 @@ SIGNALS: tuple[Availability, ...] = (
     Availability("mismatch/lag", "", "step", ("GRPO",), "log-probs of the sampler"),
     Availability("mismatch/lag", "log", "step", ("StableGRPO",), "log-probs of the sampler"),
     Availability("drift/initial/kl", "log", "step", ("StableGRPO",), "every 10 steps"),
+    Availability("drift/previous/kl", "log", "step", ("StableGRPO",), "every 10 steps"),
     Availability("drift/initial/reward_correlation", "log", "step", ("StableGRPO",), "every 10 steps", apart=True),
     Availability("law/ceiling", "", "step", _REWARDED, "20 steps", apart=True),
     Availability(

@@ -22,7 +22,7 @@ from watched_hosts import host
 
 from rlstab.errors import ConfigError, RecordError
 from rlstab.losses import ClippedSurrogate, EntropyBonus, Linear, Objective, ReverseKL
-from rlstab.monitors import Level, RollBack, Rule, Scale, Stop
+from rlstab.monitors import Fall, Level, RollBack, Rule, Scale, Stop
 from rlstab.record import RunFolder
 from rlstab.rollouts import TransformersEngine
 from rlstab.trainers import Guard, Reset, Watch, watch
@@ -132,6 +132,7 @@ def test_the_best_snapshot_stays_however_old_it_is(folder: str | None, tmp_path:
         held.add(snapshot_at(90, {"train/reward": 0.9}))
         assert held.steps == [60, 80, 90]
         assert held.before(85).step == 80
+        assert [held.before(step).step for step in (75, 65, 50)] == [60, 60, 60]  # the best one is not used up
 
 
 def test_without_an_older_one_the_oldest_is_taken() -> None:
@@ -274,6 +275,27 @@ def test_controllers_and_coefficients_go_back(tmp_path: Path) -> None:
     fresh = Linear(start=0.01, end=0.05, steps=4)
     assert trainer.objective.state_dict()["entropy"] == fresh.state_dict()
     assert float(trainer.objective.terms["extra"].coefficient) == 2.0
+
+
+def test_a_policy_that_was_evaluated_is_kept_and_gone_back_to(tmp_path: Path) -> None:
+    """A held-out score is of the policy after the step, so that the snapshot with the best one is good itself."""
+    trainer, scores = host("SFT", tmp_path, max_steps=14), {2: 0.5, 5: 0.9, 9: 0.2, 11: 0.2}
+    fallen = Fall(window=2, noise=0.0, share=0.5)
+    rule = Rule(signal="eval/reward", detector=fallen, action=RollBack(remedy=None), cause="x")
+    watcher = watch(trainer, [rule], guard=Guard(every=4), run=(run := run_folder(tmp_path / "run")))
+    kept: dict[int, list[int]] = {}
+
+    class Exam(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            kept[state.global_step] = watcher._keeper.ring.steps
+            if state.global_step in scores:
+                watcher.show(state.global_step, {"eval/reward": scores[state.global_step]})
+
+    trainer.add_callback(Exam())
+    trainer.train()
+    assert kept[6] == [0, 2, 4, 5]
+    assert kept[11] == [4, 5, 8, 9]
+    assert [(back["step"], back["to"]) for back in events(run, "rolled_back")] == [(12, 5)]
 
 
 class References(TrainerCallback):

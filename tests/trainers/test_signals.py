@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import correlation, fmean
 from typing import Any
@@ -101,6 +102,12 @@ def kl_by_enumeration(
     return mean, math.sqrt(few * math.fsum(c * c for c in clusters)) / len(values)
 
 
+def run_with(model: Any, state: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    """The model's output with these weights, which stay; a copy of a patched model would run the original's."""
+    model.load_state_dict(state)
+    return model(*args, **kwargs)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("policy", ["dense", "new adapter", "own adapter"])
 def test_drift_is_the_exact_kl_to_the_policy_as_passed(policy: str, temperature: float, tmp_path: Path) -> None:
@@ -120,6 +127,12 @@ def test_drift_is_the_exact_kl_to_the_policy_as_passed(policy: str, temperature:
         mean, error = kl_by_enumeration(now, initial, inputs, temperature)
         assert row["drift/initial/kl"] == pytest.approx(mean, rel=1e-4, abs=1e-9)
         assert row["drift/initial/kl_se"] == pytest.approx(error, rel=1e-3, abs=1e-9)
+    for i, row in enumerate(rows_of(folder)[1:], 1):  # what the update before has moved, where it was computed
+        then, earlier = (partial(run_with, now, before.policies[at]) for at in (i, i - 1))
+        mean, error = kl_by_enumeration(then, earlier, before.batches[i - 1], temperature)
+        assert row["drift/previous/kl"] == pytest.approx(mean, rel=1e-3, abs=1e-8)
+        assert row["drift/previous/kl_se"] == pytest.approx(error, rel=1e-3, abs=1e-8)
+        assert mean > 1e-6
     values = [row["drift/initial/kl"] for row in rows_of(folder)]
     assert (values[0] == 0.0) == (policy != "new adapter")  # a new adapter does not start at zero here
     assert values[2] > 1e-5
@@ -145,6 +158,7 @@ def test_drift_is_measured_every_so_many_steps_at_so_many_positions(tmp_path: Pa
     trainer = trainer_of(tmp_path, signals=Signals(drift_every=3, drift_positions=64), run=folder, settings=settings)
     trainer.train()
     assert [row.step for row in folder.metrics().rows if "drift/initial/kl" in row.values] == [1, 4, 7]
+    assert [row.step for row in folder.metrics().rows if "drift/previous/kl" in row.values] == [2, 5]
     rows, columns = trainer._drift._positions(trainer._buffered_inputs[0])
     assert 32 <= len(rows) * len(columns) <= 64
     assert len(rows.unique()) == len(rows)
