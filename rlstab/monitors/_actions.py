@@ -113,12 +113,14 @@ class RollBack(Action):
 
     Args:
         remedy: what is changed after going back, so that the same does not come again; None for nothing.
+        stop: end the training there, with a checkpoint: for what comes again whatever is changed.
 
     >>> RollBack().remedy.factor
     0.5
     """
 
     remedy: Scale | None = Scale()
+    stop: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -115,8 +115,9 @@ def default_rules(*, act: bool = False) -> tuple[Rule, ...]:
     """The rules of a run about which nothing is known.
 
     Args:
-        act: skip steps that are not finite or far out, halve the learning rate where the policy runs away, and go back
-            where a collapse has begun; else every rule notes.
+        act: skip steps that are not finite or far out, halve the learning rate where the policy runs away, go back
+            where a collapse has begun, and stop at the best policy where the held-out score falls: what is rewarded
+            then is something else; without, every rule notes.
 
     Returns:
         Rules by rising severity within each cause.
@@ -132,7 +133,7 @@ def default_rules(*, act: bool = False) -> tuple[Rule, ...]:
         *_of_mismatch(back),
         *_of_drift(slow, back),
         *_of_policy(back),
-        *_of_held_out(back),
+        *_of_held_out(RollBack(remedy=None, stop=True) if act else Note()),
         *_of_completions(),
         *_of_model(),
     )

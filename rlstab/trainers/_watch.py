@@ -291,8 +291,8 @@ class Watch(TrainerCallback, ExportableState, StepReader):
                 self._event("scaled", step, target=action.target, product=product, reason=due.finding)
             case RollBack() if self._keeper.settles(step):
                 self.monitor.postpone(due)
-            case RollBack(remedy=remedy):
-                self._roll_back(due, step, remedy, run)
+            case RollBack() as action:
+                self._roll_back(due, step, action, run)
             case Stop(save=save):
                 self._stop(step, save, due.finding, run.control)
 
@@ -302,10 +302,10 @@ class Watch(TrainerCallback, ExportableState, StepReader):
         self._event("stopped", step, reason=reason)
         self._say(logging.ERROR, f"step {step}: the run is stopped: {reason}")
 
-    def _roll_back(self, due: Due, step: int, remedy: Scale | None, run: Run) -> None:
+    def _roll_back(self, due: Due, step: int, action: RollBack, run: Run) -> None:
         """Go back to before the evidence began, apply the remedy, and let the data go on; or stop there."""
         assert self._scaling is not None
-        last = self._keeper.used_up
+        used_up = self._keeper.used_up
         products = dict(self._scaling.products)
         # What a step measures is of the policy before its update, what an evaluation measures of the one after it.
         before = due.since if due.rule.signal.startswith(HELD_OUT) else due.since - 1
@@ -315,14 +315,14 @@ class Watch(TrainerCallback, ExportableState, StepReader):
         self._measuring.load_state_dict(snapshot.extra["signals"])
         drop_rollouts(self._trainer)
         self._scaling.turn(products)
-        if remedy is not None and not last:
-            self._scaling.apply(remedy)
+        if action.remedy is not None and not used_up:
+            self._scaling.apply(action.remedy)
         self._due = []
         self._event("rolled_back", step, to=snapshot.step, reason=due.finding, products=dict(self._scaling.products))
         self._say(logging.ERROR, f"step {step}: back to the weights of step {snapshot.step}: {due.finding}")
-        if last:
-            reason = f"{due.finding}, after {self._keeper.rollbacks - 1} rollbacks (Guard.most)"
-            self._stop(step, True, reason, run.control)
+        if used_up or action.stop:
+            times = f", after {self._keeper.rollbacks - 1} rollbacks (Guard.most)" if used_up else ""
+            self._stop(step, True, due.finding + times, run.control)
 
     def _snapshot(self, step: int, run: Run) -> None:
         if self._guard is not None:

@@ -281,7 +281,7 @@ def test_a_policy_that_was_evaluated_is_kept_and_gone_back_to(tmp_path: Path) ->
     """A held-out score is of the policy after the step, so that the snapshot with the best one is good itself."""
     trainer, scores = host("SFT", tmp_path, max_steps=14), {2: 0.5, 5: 0.9, 9: 0.2, 11: 0.2}
     fallen = Fall(window=2, noise=0.0, share=0.5)
-    rule = Rule(signal="eval/reward", detector=fallen, action=RollBack(remedy=None), cause="x")
+    rule = Rule(signal="eval/reward", detector=fallen, action=RollBack(stop=True), cause="x")
     watcher = watch(trainer, [rule], guard=Guard(every=4), run=(run := run_folder(tmp_path / "run")))
     kept: dict[int, list[int]] = {}
 
@@ -296,6 +296,8 @@ def test_a_policy_that_was_evaluated_is_kept_and_gone_back_to(tmp_path: Path) ->
     assert kept[6] == [0, 2, 4, 5]
     assert kept[11] == [4, 5, 8, 9]
     assert [(back["step"], back["to"]) for back in events(run, "rolled_back")] == [(12, 5)]
+    assert trainer.state.global_step == 12  # stopped there, with what it went back to
+    assert (tmp_path / "checkpoint-12").is_dir()
 
 
 class References(TrainerCallback):
