@@ -424,9 +424,10 @@ class StableGRPOTrainer(GRPOTrainer):
 
     def _close_step(self) -> None:
         numbers = self._routing.values()
-        if self.signals.drift:
-            numbers |= self._drift.close_step(self._window)
-        joined = self._mismatch.tensors() | (self._beside() if self._beside is not None else {})
+        moved = self._drift.moved()
+        if self.signals.drift and self.state.global_step % self.signals.drift_every == 0:
+            numbers |= self._drift.measure(self._window())
+        joined = moved | self._mismatch.tensors() | (self._beside() if self._beside is not None else {})
         self._steps.close(joined, numbers, self._accumulation())
 
     def report_skipped(self, signal: str, reason: str) -> None:

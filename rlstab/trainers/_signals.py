@@ -163,26 +163,22 @@ class Drift:
         self._signals = signals
         self._before: _Before | None = None
 
-    def close_step(self, window: Callable[[], Sequence[Mapping[str, Any]]]) -> dict[str, float]:
-        """What is due before the update of a step: how far the one before moved the policy, and how far it has come.
-
-        Args:
-            window: gives the micro-batches of the optimizer step, of one generation.
-        """
-        step, before, self._before = self._trainer.state.global_step, self._before, None
-        values = self._moved(before) if before is not None and before.step == step - 1 else {}
-        return values | self.measure(window()) if step % self._signals.drift_every == 0 else values
-
     def forget(self) -> None:
         """The policy was replaced: nothing is to be said of how far it moved."""
         self._before = None
 
-    def _moved(self, before: _Before) -> dict[str, float]:
-        """KL(policy ‖ policy before its last update) per token, with its standard error by prompt."""
+    def moved(self) -> dict[str, Tensor]:
+        """How far its last update moved the policy, where the step before this one was measured.
+
+        KL(policy ‖ policy before) per token with its standard error by prompt, still on the device.
+        """
+        before, self._before = self._before, None
+        if before is None or before.step != self._trainer.state.global_step - 1:
+            return {}
         now = logits_of(self._states(self._trainer.model, before.call, before.labels))
         kl = exact_kl(now, before.logits)
         everywhere = self._gather(kl.new_zeros(before.chosen.shape).masked_scatter(before.chosen, kl))
-        mean, error = torch.stack(clustered_mean(everywhere, before.mask, before.group)).tolist()
+        mean, error = clustered_mean(everywhere, before.mask, before.group)
         return {"drift/previous/kl": mean, "drift/previous/kl_se": error}
 
     def measure(self, window: Sequence[Mapping[str, Any]]) -> dict[str, float]:
