@@ -186,13 +186,13 @@ class Guided:
         return dict(zip(places, (total >= self._guidance.success).tolist(), strict=True))
 
     def _log(self, drafts: Mapping[int, Draft], demonstrations: Sequence[Sequence[int]]) -> None:
-        size = len(drafts)
+        """Say how much was guided, over all processes."""
+        accelerator = self._trainer.accelerator
         shares = [draft.prefix / max(len(draft.ids), 1) for draft in drafts.values()]
-        values = {
-            "rollout/guided": sum(share > 0 for share in shares) / size,
-            "rollout/prefix_share": sum(shares) / size,
-            "demonstrations/empty": float(sum(not ids for ids in demonstrations)),
-        }
+        own = [sum(share > 0 for share in shares), sum(shares), sum(not ids for ids in demonstrations)]
+        guided, prefix, empty = accelerator.gather(torch.tensor([own], device=accelerator.device)).sum(0).tolist()
+        size = len(drafts) * accelerator.num_processes
+        values = {"rollout/guided": guided / size, "rollout/prefix_share": prefix / size, "demonstrations/empty": empty}
         for key, value in values.items():
             self._trainer._metrics["train"][key].append(value)
 

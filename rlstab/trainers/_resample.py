@@ -176,7 +176,9 @@ class Resampler:
         taken = sorted(wanted[:groups])
         logged = self._trainer._metrics["train" if self._trainer.model.training else "eval"]
         logged["resample/generations"].append(float(len(outputs) - 1))
-        logged["resample/replaced"].append(sum(which > 0 for which, _ in taken) / groups)
+        replaced = torch.tensor([sum(which > 0 for which, _ in taken) / groups])
+        accelerator = self._trainer.accelerator
+        logged["resample/replaced"].append(float(accelerator.gather(replaced.to(accelerator.device)).mean()))
         if len(outputs) == 1:
             return asked[0], outputs[0]
         rows = [

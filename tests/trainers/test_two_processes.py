@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from equality import gradient_distance
+from expert_ranks import guided, imitated
 from small_runs import assert_same_weights, trainer_of
 from test_equality import differing
 from two_ranks import ROWS, SETTINGS, spread_run
@@ -42,7 +43,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ranks(output: Path) -> list[Any]:
     """The results of both."""
     found = [torch.load(output / f"results-{rank}.pt", weights_only=False) for rank in (0, 1)]
-    assert [result[name]["processes"] for result in found for name in result] == [2] * 18
+    assert [result[name]["processes"] for result in found for name in result] == [2] * 24
     return found
 
 
@@ -105,6 +106,33 @@ def test_one_process_does_not_resume_what_two_have_written(ranks: list[Any], out
     trainer = trainer_of(tmp_path, settings={**SETTINGS, "max_steps": 5})
     with pytest.raises(ConfigError, match="written by 2 processes and is resumed by 1"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_imitation_has_the_gradient_of_one_process(ranks: list[Any], tmp_path: Path) -> None:
+    alone = {"imitated": imitated(tmp_path, rows=8), "expert": guided(tmp_path, rows=16)}
+    for name, single in alone.items():
+        for result in ranks:
+            assert len(result[name]["gradients"]) == len(single["gradients"]) == 2
+            for ours, theirs in zip(result[name]["gradients"], single["gradients"], strict=True):
+                assert gradient_distance(ours, theirs) <= 1e-5
+        for ours, theirs in zip(ranks[0][name]["logs"][:-1], single["logs"][:-1], strict=True):
+            keys = [key for key in theirs if key.startswith(("objective/", "rollout/"))]
+            assert len(keys) > 3
+            assert [ours[key] for key in keys] == pytest.approx([theirs[key] for key in keys], rel=1e-4, abs=1e-6)
+    assert 0.0 < alone["expert"]["logs"][0]["rollout/guided"] < 0.5
+
+
+def test_groups_give_way_on_both(ranks: list[Any]) -> None:
+    first, second = (result["resampled"] for result in ranks)
+    for step, (ours, theirs) in enumerate(zip(first["gradients"], second["gradients"], strict=True)):
+        assert gradient_distance(ours, theirs) == 0.0, step
+    for result in (first, second):
+        for rewards in result["rewards"]:
+            groups = rewards.view(-1, 4)
+            assert (groups.amax(-1) > groups.amin(-1)).all()
+    found = [(row["resample/generations"], row["resample/replaced"]) for row in first["logs"][:-1]]
+    assert any(share > 0 for _, share in found)
+    assert all((number > 0) == (share > 0) for number, share in found)
 
 
 @pytest.mark.parametrize("head", ["tied", "untied", "adapter"])

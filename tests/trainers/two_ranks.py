@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from equality import Trace, Tracer, config, digits_reward, prompts, run
+from expert_ranks import guided as expert_guided
+from expert_ranks import imitated, resampled
 from routed_ranks import replayed, sharded_replay
 from sharded_models import restored_shards, sharded_gradients
 from small_runs import TOKENIZER, run_folder, tiny_policy, trainer_of, weights
@@ -210,6 +212,9 @@ def main() -> None:
         "resumed": stopped_and_resumed(output),
         "distilled": distilled(output),
         "guarded": guarded(output),
+        "imitated": imitated(output, rows=4),
+        "expert": expert_guided(output, rows=8),
+        "resampled": resampled(output),
         "shards": {"processes": torch.distributed.get_world_size(), **restored_shards()},
         "sharded": {"processes": torch.distributed.get_world_size(), "gradients": sharded_gradients()},
         "routed": replayed(output),
