@@ -12,6 +12,8 @@ from rlstab.errors import ConfigError
 __all__ = ["reach_ray"]
 
 STATISTICS = "RAY_USAGE_STATS_ENABLED"
+NICENESS = "RAY_worker_niceness"
+"""How far actors stand back for other processes: Ray's default is 15, and a trainer would leave them little."""
 CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """A Ray without clusters takes the loopback address for its own."""
 
@@ -40,6 +42,7 @@ def reach_ray() -> bool:
     if "RAY_ADDRESS" in os.environ:
         ray.init(**quiet)
         return True
+    os.environ.setdefault(NICENESS, "0")
     with _without_clusters():
         ray.init(include_dashboard=False, **quiet)
     if (address := ray.util.get_node_ip_address()) not in LOOPBACK:

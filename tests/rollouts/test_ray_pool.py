@@ -183,6 +183,10 @@ def test_nothing_listens_beyond_the_loopback_address(pool: RayEnginePool) -> Non
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
 
 
+def test_actors_do_not_stand_back_for_the_trainer(pool: RayEnginePool) -> None:
+    assert psutil.Process(process_of(pool, 0)).nice() == psutil.Process().nice()
+
+
 def test_errors_of_a_request_are_the_callers(pool: RayEnginePool) -> None:
     with pytest.raises(ConfigError, match="TransformersEngine: a request has images only"):
         pool.generate([Request(prompt_ids=[4], images=[torch.zeros(2, 2, 3, dtype=torch.uint8)])], LONG)
