@@ -298,6 +298,9 @@ def _diagnose(run: str, *, json: bool, fix: str | None, columns: Mapping[str, st
         read = read_run(run, columns=columns, name=name)
     except RecordError as error:
         return _fail(str(error), UNREADABLE)
+    if not read.known_signals:
+        remedy = "wait for the first step" if read.last_step is None else "name some: --columns '{train/reward: NAME}'"
+        return _fail(f"{run} ({read.source}) holds no signal that could be diagnosed: {remedy}", UNREADABLE)
     diagnosis = diagnosis_of(read)
     if json:
         print(as_json(read, diagnosis))

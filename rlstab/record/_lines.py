@@ -100,6 +100,8 @@ def read_lines(path: Path) -> Iterator[dict[str, object] | None]:
     Raises:
         RecordError: The file exists and cannot be read.
     """
+    if path.is_fifo() or path.is_char_device():
+        raise RecordError(f"cannot read {path}: it is no file, and reading it might never end")
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:

@@ -52,12 +52,13 @@ def canonical(name: str) -> str:
         return _ELSEWHERE[name]
     bare = name.removeprefix("train/")
     for candidate in (f"train/{bare}", bare, name):
-        if _is_known(candidate):
+        if is_known(candidate):
             return candidate
     return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else name
 
 
-def _is_known(key: str) -> bool:
+def is_known(key: str) -> bool:
+    """Return whether the schema lists a key."""
     try:
         signal(key)
     except SchemaError:

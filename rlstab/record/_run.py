@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from rlstab.record._names import is_known
 from rlstab.record._rows import Events, Metrics, Rollouts
 
 if TYPE_CHECKING:
@@ -60,6 +61,11 @@ class Run:
     def last_step(self) -> int | None:
         """Last step with metrics, None before the first."""
         return self.metrics.rows[-1].step if self.metrics.rows else None
+
+    @property
+    def known_signals(self) -> list[str]:
+        """Keys with values that `rlstab.schema` lists: what a diagnosis can read."""
+        return [key for key in self.metrics.keys() if is_known(key)]  # noqa: SIM118
 
     @property
     def settings(self) -> Mapping[str, object]:

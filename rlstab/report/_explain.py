@@ -111,9 +111,9 @@ def print_diagnosis(run: Run, diagnosis: Diagnosis, console: Console) -> None:
         a: healthy: no harm, and nothing that threatens any
         ...
     """
-    console.print(Text(f"{run.name}: ") + Text(SHORT[diagnosis.state], style=COLOURS[diagnosis.state]))
+    console.print(_said(f"{run.name}: ") + Text(SHORT[diagnosis.state], style=COLOURS[diagnosis.state]))
     for harm in diagnosis.harm:
-        console.print(Padding(Text(f"step {harm.since}: {harm.says}"), (0, 0, 0, 2)))
+        console.print(Padding(_said(f"step {harm.since}: {harm.says}"), (0, 0, 0, 2)))
     for place, claim in enumerate(diagnosis.claims, start=1):
         console.print()
         for line in _claim(place, claim):
@@ -121,22 +121,27 @@ def print_diagnosis(run: Run, diagnosis: Diagnosis, console: Console) -> None:
     if len(diagnosis.timeline) > 1:
         console.print(Text("\nin order", style="bold"))
         for step, says in diagnosis.timeline[:EVENTS]:
-            console.print(Padding(Text(f"step {step}: {says}"), (0, 0, 0, 2)))
+            console.print(Padding(_said(f"step {step}: {says}"), (0, 0, 0, 2)))
     for line in _unknown(diagnosis):
         console.print(line)
+
+
+def _said(text: str) -> Text:
+    return Text(one_line(text))
 
 
 def _claim(place: int, claim: Claim) -> Iterator[Padding | Text]:
     yield Text(f"{place}. {claim.title}", style="bold") + Text(f"  {claim.words} ({claim.sure:.0%})", style="dim")
     for heading, style, lines in (("", "green", claim.evidence), ("against: ", "yellow", claim.against)):
         for line in lines:
-            yield Padding(Text("• ", style=style) + Text(f"{heading}{line}"), (0, 0, 0, 3))
+            yield Padding(Text("• ", style=style) + _said(f"{heading}{line}"), (0, 0, 0, 3))
     if claim.unread:
         yield Padding(Text(f"? would settle it: {', '.join(claim.unread)}", style="dim"), (0, 0, 0, 3))
     yield Padding(Text(claim.remedy), (0, 0, 0, 3))
     for edit in claim.edits:
         yield Padding(
-            Text(f"{edit.key}: {json.dumps(edit.value)}", style="cyan") + Text(f"  # {edit.why}"), (0, 0, 0, 5)
+            Text(one_line(f"{edit.key}: {json.dumps(edit.value)}"), style="cyan") + Text(f"  # {edit.why}"),
+            (0, 0, 0, 5),
         )
 
 
@@ -148,3 +153,12 @@ def _unknown(diagnosis: Diagnosis) -> Iterator[Text]:
         yield Text("\nnot looked at", style="bold")
     for needs, names in missing.items():
         yield Text(f"  {', '.join(names)}: needs {needs}", style="dim")
+
+
+def one_line(text: str) -> str:
+    r"""Return text without line breaks and control characters, which could move the cursor of a terminal.
+
+    >>> one_line("a\x1b[2Jb\nc")
+    'a[2Jb c'
+    """
+    return "".join(char for char in text.replace("\n", " ").replace("\t", " ") if char.isprintable())

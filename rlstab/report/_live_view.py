@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlstab.record import Run, RunFolder, diagnosis_of
-from rlstab.report._explain import SHORT
+from rlstab.report._explain import SHORT, one_line
 from rlstab.schema import signal
 
 SIGNALS = (
@@ -68,9 +68,9 @@ def view(run: Run, *, now: float, width: int = 24) -> View:
     )
     rows = [_row(run, key, name, width) for keys, name in SIGNALS if (key := run.first_of(*keys)) is not None]
     return View(
-        title=f"{run.name} · step {run.last_step if run.last_step is not None else '–'} · {_going(run, now)}",
+        title=one_line(f"{run.name} · step {run.last_step if run.last_step is not None else '–'} · {_going(run, now)}"),
         state=diagnosis.state,
-        cause=evidence,
+        cause=one_line(evidence),
         rows=tuple(rows),
         events=tuple(_event(run, index) for index in range(len(run.events.rows)))[-40:],
         samples=_samples(run),
@@ -132,15 +132,6 @@ def _samples(run: Run) -> tuple[str, ...]:
 def _short(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:59]}…"
-
-
-def one_line(text: str) -> str:
-    r"""Return text without line breaks and control characters, which could move the cursor of a terminal.
-
-    >>> one_line("a\x1b[2Jb\nc")
-    'a[2Jb c'
-    """
-    return "".join(char for char in text.replace("\n", " ").replace("\t", " ") if char.isprintable())
 
 
 class Source:

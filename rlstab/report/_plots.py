@@ -25,6 +25,8 @@ Values = NDArray[np.float64]
 _LONG = 300
 _FEW = 40
 _ROUNDING = 1e-9
+_LARGEST = 1e200
+"""Beyond it the limits of an axis overflow."""
 
 
 class Plot(NamedTuple):
@@ -91,6 +93,12 @@ def png(figure: Figure) -> bytes:
     return target.getvalue()
 
 
+def _series(run: Run, key: str) -> Series:
+    """Return a metric; what is too large to be drawn stands as infinite."""
+    steps, values = run.metrics.series(key)
+    return Series(steps, np.where(np.abs(values) > _LARGEST, np.copysign(np.inf, values), values))
+
+
 def _reward(run: Run, palette: Palette) -> Figure:
     figure, axes = frame(
         palette,
@@ -98,7 +106,7 @@ def _reward(run: Run, palette: Palette) -> Figure:
         subtitle="Mean reward of the sampled completions, and at evaluations on held-out prompts",
         unit=signal("train/reward").unit,
     )
-    series = run.metrics.series("train/reward")
+    series = _series(run, "train/reward")
     labels = _curve(axes, palette, series, "training", palette.data[0], window=max(1, len(series.steps) // 20))
     steps, values, errors = _evaluations(run, "eval/reward")
     if len(steps):
@@ -119,7 +127,7 @@ def _drift(run: Run, palette: Palette) -> Figure:
     labels: list[Label] = []
     shown = (("drift/initial/kl", "to the start"), ("drift/moving/kl", "to moving"))
     for (key, name), color in zip(shown, palette.data, strict=False):
-        series, error = run.metrics.series(key), run.metrics.series(f"{key}_se")
+        series, error = _series(run, key), _series(run, f"{key}_se")
         both, at, at_error = np.intersect1d(series.steps, error.steps, return_indices=True)
         middle, half = _finite(series.values[at]), 2 * _finite(error.values[at_error])
         axes.fill_between(both, np.maximum(middle - half, 0), middle + half, color=color, alpha=0.18, linewidth=0)
@@ -136,7 +144,7 @@ def _mismatch(run: Run, palette: Palette) -> Figure:
         unit=signal("mismatch/k3").unit,
     )
     shown = (("mismatch/k1", "|k1|"), ("mismatch/k3", "k3"), ("mismatch/max_abs", "largest |Δ|"))
-    series = [(name, run.metrics.series(key)) for key, name in shown]
+    series = [(name, _series(run, key)) for key, name in shown]
     series = [(name, Series(steps, _without_rounding(values))) for name, (steps, values) in series]
     sizes = np.concatenate([values for _, (_, values) in series])
     floor = _log_axis(axes, sizes[np.isfinite(sizes)])
@@ -197,7 +205,7 @@ def _worst(axes: Axes, palette: Palette, series: Series, name: str, color: str, 
 
 def _entropy(run: Run, palette: Palette) -> Figure:
     key = run.first_of("policy/entropy", "train/entropy") or "policy/entropy"
-    series = run.metrics.series(key)
+    series = _series(run, key)
     figure, axes = frame(
         palette,
         title="Entropy",

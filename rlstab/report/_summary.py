@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlstab.record import Run, RunFolder
+from rlstab.report._explain import one_line
 from rlstab.schema import signal
 
 Judgement = Literal["better", "worse", "not clear", ""]
@@ -135,13 +136,15 @@ def print_summary(folder: RunFolder, console: Console) -> None:
     """
     run = Run.of(folder)
     styles = {"better": "bold green", "worse": "bold red", "not clear": "yellow", "": ""}
-    table = Table(title=Text(f"{run.name}: before → after"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=Text(one_line(f"{run.name}: before → after")), title_justify="left", box=SIMPLE_HEAD, pad_edge=False
+    )
     table.add_column("")
     for heading in ("before", "after", "change"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in summarise(run):
         values = amount(row.before, row.before_se, row.unit), amount(row.after, row.after_se, row.unit)
-        table.add_row(Text(title(row)), *map(Text, values), Text(change(row), style=styles[row.judgement]))
+        table.add_row(Text(one_line(title(row))), *map(Text, values), Text(change(row), style=styles[row.judgement]))
     if table.row_count:
         console.print(table)
 

@@ -1,6 +1,7 @@
 """`rlstab diagnose` and `rlstab report` from the command line: exit codes, JSON, fixed recipes, pages."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 
 from rlstab.cli import main
 from rlstab.recipes import read_recipe
-from rlstab.record import RunFolder
+from rlstab.record import Run, RunFolder
+from rlstab.report._live_view import view
 
 RECORDED = Path(__file__).resolve().parents[1] / "monitors/recorded"
 WriteSeries = Callable[[RunFolder, dict[str, list[float]]], RunFolder]
@@ -41,12 +43,34 @@ def test_what_cannot_be_read_is_an_exit_code_of_its_own(tmp_path: Path, capsys: 
     assert main(["diagnose", str(tmp_path)]) == 3
 
 
-def test_a_run_without_a_step_is_healthy_and_says_what_it_lacks(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_without_a_known_signal_is_not_called_healthy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     RunFolder.create(tmp_path / "run", config_text="seed: 0")
-    assert main(["diagnose", str(tmp_path / "run")]) == 0
-    assert "needs mismatch/k3" in " ".join(capsys.readouterr().out.split())
+    assert main(["diagnose", str(tmp_path / "run")]) == 3
+    assert "holds no signal that could be diagnosed: wait for the first step" in capsys.readouterr().err
+    (tmp_path / "a.csv").write_text("it,score\n1,0.5\n")
+    assert main(["diagnose", str(tmp_path / "a.csv")]) == 3
+    assert "--columns '{train/reward: NAME}'" in capsys.readouterr().err
+
+
+def test_what_a_run_says_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "\x1b[2J\x1b]0;owned\x07\nhello"
+    run = RunFolder.create(tmp_path / "run", config_text="seed: 0")
+    for step in range(60):
+        run.append_metrics(step, {"train/reward": 0.9 if step < 30 else 0.0, f"rewards/{evil}/mean": 1.0})
+    run.append_event("alarm", step=3, message=evil)
+    run.append_event(evil, step=4)
+    assert main(["diagnose", str(run.path)]) == 2
+    shown = capsys.readouterr().out
+    assert "[2J]0;owned hello" in shown
+    assert not set("\x1b\x07") & set(shown)
+    assert "\x1b" not in str(view(Run.of(run), now=0.0))
+
+
+def test_what_would_never_end_is_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunFolder.create(tmp_path / "run", config_text="seed: 0")
+    os.mkfifo(run.path / "metrics.jsonl")
+    assert main(["diagnose", str(run.path)]) == 3
+    assert "metrics.jsonl: it is no file" in capsys.readouterr().err
 
 
 def test_json_holds_everything_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
