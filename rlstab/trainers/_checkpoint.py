@@ -33,6 +33,7 @@ __all__ = [
 logger = logging.getLogger("rlstab")
 
 REFERENCES = "reference/"  # before the names of their weights
+MOVED = "moved/"  # before what the next step compares the policy with
 ROWS = "rows of"  # lengths of the tensors of a list, which is saved as one
 
 
@@ -164,6 +165,7 @@ def _is_complete(checkpoint: Path) -> bool:
 def capture(trainer: Any) -> TrainerState:
     """The state of a trainer that the host's checkpoint leaves out."""
     tensors = {REFERENCES + key: value for key, value in trainer._references.state_dict(trainer.accelerator).items()}
+    tensors |= {MOVED + key: value for key, value in trainer._drift.state_dict().items()}
     if trainer._sampler_start is not None:
         now = trainer._sampler.generator.get_state()
         tensors |= {"sampler/epoch_start": trainer._sampler_start, "sampler/now": now}
@@ -230,11 +232,15 @@ def restore(trainer: Any, checkpoint: str) -> None:
         trainer._reset.load_state_dict(state.values["reset"])
     for key, numbers in state.values["metrics"].items():
         trainer._metrics["train"][key] = list(numbers)
-    moved = {k.removeprefix(REFERENCES): v for k, v in state.tensors.items() if k.startswith(REFERENCES)}
-    trainer._references.load_state_dict(moved, trainer.accelerator)
+    trainer._references.load_state_dict(_under(REFERENCES, state.tensors), trainer.accelerator)
+    trainer._drift.load_state_dict(_under(MOVED, state.tensors))
     if "sampler/now" in state.tensors:
         epoch_ended = float(trainer.state.epoch).is_integer()
         trainer._sampler.generator.set_state(state.tensors["sampler/now" if epoch_ended else "sampler/epoch_start"])
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 class EpochStart(TrainerCallback):

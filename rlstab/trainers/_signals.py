@@ -69,6 +69,7 @@ class Signals:
 
 OFF = Signals(mismatch=False, drift=False, sync=False)
 POSITIONS_PER_ROW = 4
+CALL = "call/"  # before the names of a forward's inputs
 ROW_KEYS = ("tool_mask", "rlstab_group", "rlstab_rewards")
 TOKENS, K3 = MISMATCH_COLUMNS.index("tokens"), MISMATCH_COLUMNS.index("k3")
 DRIFT = ExactDivergence(ReverseKL(), "reference")
@@ -162,6 +163,20 @@ class Drift:
         self._references = references
         self._signals = signals
         self._before: _Before | None = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint has to hold between a measurement and the step after it; mostly nothing."""
+        before = self._before
+        if before is None or before.step != self._trainer.state.global_step - 1:
+            return {}
+        named = {name: value for name, value in before._asdict().items() if isinstance(value, Tensor)}
+        return named | {f"{CALL}{name}": value for name, value in before.call.items() if isinstance(value, Tensor)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a checkpoint."""
+        own = {name: value.to(self._trainer.accelerator.device) for name, value in state.items()}
+        call = {name.removeprefix(CALL): own.pop(name) for name in list(own) if name.startswith(CALL)}
+        self._before = _Before(step=self._trainer.state.global_step - 1, call=call, **own) if own else None
 
     def forget(self) -> None:
         """The policy was replaced: nothing is to be said of how far it moved."""
