@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -34,6 +34,9 @@ __all__ = [
 Scope = Literal["step", "generation", "micro_batch"]
 #: The optional fields of a `TokenBatch` with one row per completion.
 COLUMNS = ("advantages", "rewards", "baseline", "group", "token_ids", "truncated", "router_log_ratios")
+
+Made = TypeVar("Made")
+FAR = 1e18  # more nats than tokens have: as no log-prob is above 0, each is above their sum
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,8 @@ class TokenBatch:
         zeroed: says that everything is zero outside `loss_mask` as it comes, which spares the cleaning.
         complete: sources known to have a log-prob for every token of the loss, none of them NaN or -inf, which spares
             looking for tokens without.
+        readable: says that a number may be read while a loss is computed, because nothing has to wait for it (a
+            processor's memory): whether a source is complete is then found out where a part asks.
 
     Raises:
         ShapeError: if a tensor does not have the shape of `mask` (or of its rows).
@@ -169,9 +174,10 @@ class TokenBatch:
     rows: str = "rollout"
     zeroed: bool = False
     complete: frozenset[str] = frozenset()
+    readable: bool = False
     token_weight: Float[Tensor, "B T"] = field(init=False, repr=False)
     """`loss_mask` as numbers, 1.0 or 0.0: what losses and metrics are multiplied with."""
-    _memory: dict[str, Tensor] = field(init=False, repr=False, default_factory=dict)
+    _memory: dict[str, Any] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         fill = {"mask": self.mask.bool()}
@@ -233,6 +239,17 @@ class TokenBatch:
             f"add LogProbs({source!r}) to the part's `requires`, or pass logps={{{source!r}: ...}}"
         )
 
+    def scores_all(self, source: str) -> bool:
+        """Whether each token of the loss is known to have a log-prob under `source`, neither NaN nor -inf."""
+        source = self.recorded(source)
+        if source in self.complete or not self.readable:
+            return source in self.complete
+        return self.once(f"all of {source}", lambda batch: batch.logp(source).detach().sum().item() > -FAR)
+
+    def recorded(self, source: str) -> str:
+        """`source`, or the policy in place of an `old` that was not recorded (on policy)."""
+        return "policy" if source == "old" and source not in self.logps else source
+
     def behaviour(self, source: str | None) -> str:
         """The source that sampled the tokens: `source` itself, or else sampler, old, policy: the first recorded."""
         if source is not None:
@@ -259,6 +276,10 @@ class TokenBatch:
             )
         return self.vocab[name]
 
+    def total(self, name: str) -> Float[Tensor, ""]:
+        """The sum of a full-vocabulary statistic over the tokens of the loss, without gradient."""
+        return self.once(f"total {name}", lambda batch: batch.statistic(name).detach().sum())
+
     def part(self, key: str) -> Tensor:
         """What the rollout part or step statistic with this key left for these rows."""
         if key not in self.parts:
@@ -268,11 +289,12 @@ class TokenBatch:
             )
         return self.parts[key]
 
-    def once(self, key: str, compute: Callable[[TokenBatch], Tensor]) -> Tensor:
-        """What `compute` makes of this batch; a second call with the same key finds it ready."""
+    def once(self, key: str, compute: Callable[[TokenBatch], Made]) -> Made:
+        """What `compute` makes of this batch, without gradient; a second call with the same key finds it ready."""
         if key not in self._memory:
             self._memory[key] = compute(self)
-        return self._memory[key]
+        found: Made = self._memory[key]
+        return found
 
     @property
     def nothing(self) -> Float[Tensor, ""]:
@@ -287,7 +309,7 @@ class TokenBatch:
     @property
     def tokens(self) -> Float[Tensor, ""]:
         """How many tokens of the loss there are."""
-        return self.once("tokens", lambda batch: batch.row_tokens.sum())
+        return self.once("tokens", lambda batch: batch.token_weight.sum())
 
     def token_advantages(self) -> Float[Tensor, "B T"]:
         """Advantages with a token axis: `[B, T]`, or `[B, 1]` where there is one per row."""

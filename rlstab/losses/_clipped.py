@@ -12,8 +12,8 @@ from rlstab.errors import ConfigError, ShapeError
 from rlstab.losses._checks import check_positive, check_range
 from rlstab.losses._mean import Mean, MeanField
 from rlstab.losses._metrics import Metric
-from rlstab.losses._ratio import TokenRatio, finite_logp, masked_row_mean, ratio_of
-from rlstab.losses._surrogate import RatioSurrogate, clip_metrics, clip_share, ratio_max
+from rlstab.losses._ratio import TokenRatio, masked_row_mean, ratio_of, scored_logp
+from rlstab.losses._surrogate import RatioSurrogate, by_sign, clip_metrics, clip_share, ratio_max
 
 
 def clipped_surrogate(
@@ -48,13 +48,13 @@ def clip_loss(
     >>> clip_loss(torch.tensor([[-1.5, 0.5]]), torch.tensor([[1.0, -1.0]]), low=0.2, high=0.28, dual=None, cap=None)
     tensor([[-1.2800,  0.8000]])
     """
-    rising = advantages > 0
-    above = 1 + high if cap is None else min(cap, 1 + high)
-    loss = loss.clamp(min=torch.where(rising, advantages * -above, advantages * (low - 1)))
+    below, above = 1 - low, 1 + high if cap is None else min(cap, 1 + high)
+    outer = torch.minimum if above >= below else torch.maximum  # takes `above` where A > 0, else `below`
+    loss = loss.clamp(min=outer(advantages * -above, advantages * -below))
     largest = dual if cap is None else max(cap, 1 + high)
     if largest is None:
         return loss
-    return loss.clamp(max=torch.where(rising, math.inf, advantages * -largest))
+    return loss.clamp(max=torch.where(advantages > 0, math.inf, advantages * -largest))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +191,7 @@ class CISPO(RatioSurrogate):
         """The weighted log-probs."""
         ratio = ratio_of(self.ratio.log_ratio(batch).detach())  # sg(r): a weight
         advantages = batch.token_advantages()
-        loss = ratio.clamp(self.min, self.max) * -advantages * finite_logp(batch.logp("policy"))
+        loss = ratio.clamp(self.min, self.max) * -advantages * scored_logp(batch, "policy")
         metrics: dict[str, Metric] = {"ratio_max": ratio_max(ratio, batch)}
         metrics["clip_high"] = clip_share((ratio > self.max) & (advantages > 0), batch)
         if self.min is not None:
@@ -208,8 +208,8 @@ def sapo_surrogate(
     >>> sapo_surrogate(torch.tensor([[1.0]]), torch.tensor([[1.0]]), tau_pos=1.0, tau_neg=1.05)
     tensor([[-2.]])
     """
-    tau = torch.where(advantages > 0, tau_pos, torch.full_like(advantages, tau_neg))
-    return torch.sigmoid(tau * (ratio - 1)) * (-4 / tau * advantages)
+    tau = by_sign(advantages, tau_pos, tau_neg)
+    return torch.sigmoid(tau * (ratio - 1)) * (advantages / tau * -4)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from rlstab.losses._advantage import Groups, group_index, scored_rows
 from rlstab.losses._checks import check_number, check_part
 from rlstab.losses._metrics import Sum, Total
 from rlstab.losses._parts import RolloutPart
-from rlstab.losses._ratio import Ratio, TokenRatio, bounded_log, finite_logp, missing
+from rlstab.losses._ratio import Ratio, TokenRatio, bounded_log, missing, scored_logp
 from rlstab.losses._term import Loss, Term
 
 
@@ -124,4 +124,4 @@ class ConstraintKL(Term):
         constrained = (difference + 1) * batch.loss_mask.any(-1)  # 1_C / P
         surprise = torch.where(constrained > 0, constrained * (difference + 1).clamp(min=1e-9).log(), 0.0)
         metrics = {"kl": Sum(surprise.sum(), constrained.sum()), "impossible": Total(lost.count_nonzero())}
-        return Loss(-factor * finite_logp(batch.logp("policy")), metrics)
+        return Loss(-factor * scored_logp(batch, "policy"), metrics)

@@ -142,6 +142,9 @@ class KLCov(Term):
         """The distance to the old log-probs at the chosen tokens."""
         chosen = batch.part(self.selection.key) if self.over == "step" else self.selection.compute(batch)
         difference = batch.logp("policy") - batch.logp("old")
-        kept = chosen if "old" in batch.complete else chosen & ~missing(batch, "old")
-        metrics = {"selected": Sum((chosen & batch.loss_mask).count_nonzero(), batch.tokens)}
-        return Loss(torch.where(kept, difference, 0.0).abs(), metrics)
+        metrics = {"selected": Sum(chosen.count_nonzero(), batch.tokens)}
+        if batch.scores_all("old") and batch.scores_all("policy"):
+            kept = difference * chosen  # several times faster on a CPU
+        else:
+            kept = torch.where(chosen & ~missing(batch, "old"), difference, 0.0)
+        return Loss(kept.abs(), metrics)

@@ -269,7 +269,7 @@ class Divergence(Term):
         tokens = self._tokens(batch, batch.logp(self.reference))
         if self.target == "token":
             estimate = self.estimate(*tokens.logps)
-            metrics = _token_metrics(estimate, tokens.number)
+            metrics = _token_metrics(estimate, tokens.number, batch)
         else:
             estimate = self._sequence_estimate(tokens)
             metrics = _metrics(estimate, batch.loss_mask.any(-1))
@@ -289,7 +289,7 @@ class Divergence(Term):
         ref_logp = ref_logp.detach()
         sample_logp = batch.logp(behaviour).detach()  # a ratio to μ weighs, it is not descended
         count, unscored = batch.tokens, batch.nothing
-        if behaviour not in batch.complete:
+        if not batch.scores_all(behaviour):
             scored = ~sample_logp.isnan()
             logp, ref_logp, sample_logp = (torch.where(scored, x, 0.0) for x in (logp, ref_logp, sample_logp))
             sample_logp = finite_logp(sample_logp)
@@ -381,11 +381,12 @@ def _later(x: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     return functional.pad(x, (-1, 1)).flip(-1).cumsum(-1).flip(-1)
 
 
-def _token_metrics(estimate: Estimate, count: Tensor) -> dict[str, Metric]:
+def _token_metrics(estimate: Estimate, count: Tensor, batch: TokenBatch) -> dict[str, Metric]:
     """As `_metrics`, for tokens of which those that do not count have value 0."""
-    largest = torch.maximum(estimate.value, estimate.slope.abs())
-    beyond = largest >= torch.finfo(largest.dtype).max
-    return {"value": Sum(estimate.value.sum(), count), "overflow": Total(beyond.count_nonzero())}
+    largest, limit = torch.maximum(estimate.value, estimate.slope.abs()), torch.finfo(estimate.value.dtype).max
+    within = batch.readable and largest.amax().item() < limit
+    beyond = batch.nothing if within else (largest >= limit).count_nonzero()
+    return {"value": Sum(estimate.value.sum(), count), "overflow": Total(beyond)}
 
 
 def _metrics(estimate: Estimate, mask: Tensor) -> dict[str, Metric]:

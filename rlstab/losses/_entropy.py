@@ -85,7 +85,7 @@ class EntropyBonus(Term):
         """Minus the entropy of the tokens that are kept, scaled so that the mean is over those alone."""
         entropy = batch.statistic("entropy")
         if not self.weights:
-            return Loss(-entropy, {"entropy": Sum(entropy.detach().sum(), batch.tokens)})
+            return Loss(-entropy, {"entropy": Sum(batch.total("entropy"), batch.tokens)})
         kept = kept_tokens(self.weights, batch).to(entropy.dtype)
         metrics = {"entropy": Sum((entropy.detach() * kept).sum(), kept.sum())}
         local = self.mean.over == "micro_batch"

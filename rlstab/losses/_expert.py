@@ -10,7 +10,7 @@ from rlstab.batch import Column, LogProbs, Requirement, TokenBatch, VocabStat
 from rlstab.losses._checks import check_number, check_positive, check_range
 from rlstab.losses._metrics import Metric, Sum, Total, token_mean
 from rlstab.losses._parts import StepStatistic
-from rlstab.losses._ratio import finite_logp, masked_row_mean, missing
+from rlstab.losses._ratio import masked_row_mean, missing, scored_logp
 from rlstab.losses._surrogate import Surrogate
 from rlstab.losses._term import Loss, Term
 from rlstab.losses._weight import Factor, Weight, masked_quantile
@@ -132,7 +132,7 @@ class DemonstrationSurrogate(Surrogate):
 
     def surrogate(self, batch: TokenBatch) -> tuple[Float[Tensor, "B T"], dict[str, Metric]]:
         """The probabilities, weighted with the advantages."""
-        probability = finite_logp(batch.logp("policy")).exp()
+        probability = scored_logp(batch, "policy").exp()
         return -batch.token_advantages() * probability, {"probability": token_mean(probability, batch.token_weight)}
 
 
@@ -187,7 +187,7 @@ class OutcomeLikelihood(Term):
         entropy = masked_row_mean(batch.statistic("entropy").detach(), batch.token_weight)  # sg: a weight
         weight = self.scale * entropy.exp()
         sign = torch.where(right, -weight, torch.ones_like(weight)) * known
-        values = torch.where(impossible, 0.0, sign * finite_logp(batch.logp("policy")))
+        values = torch.where(impossible, 0.0, sign * scored_logp(batch, "policy"))
         chosen = (right & known).to(weight.dtype)
         metrics: dict[str, Metric] = {
             "right": Sum(chosen.sum(), known.sum()),

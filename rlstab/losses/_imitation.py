@@ -13,7 +13,7 @@ from rlstab.errors import ConfigError
 from rlstab.losses._checks import check_choice, check_positive, check_range
 from rlstab.losses._clipped import clipped_surrogate
 from rlstab.losses._metrics import Metric, Total, token_mean
-from rlstab.losses._ratio import finite_logp, masked_row_mean, missing, ratio_of
+from rlstab.losses._ratio import masked_row_mean, missing, ratio_of, scored_logp
 from rlstab.losses._surrogate import Surrogate, clip_share
 from rlstab.losses._term import Loss, Term
 
@@ -52,7 +52,7 @@ class Imitation(Term):
 
     def loss(self, batch: TokenBatch) -> Loss:
         """The weighted negative log-probs."""
-        logp, impossible = finite_logp(batch.logp("policy")), missing(batch, "policy")
+        logp, impossible = scored_logp(batch, "policy"), missing(batch, "policy")
         weight = self.weight(logp.detach(), batch)  # sg(w)
         metrics: dict[str, Metric] = {
             "weight": token_mean(weight, batch.token_weight),
@@ -134,7 +134,7 @@ class TrSFT(Imitation):
         """The weighted negative log-probs, or the surrogate of the same gradient."""
         values, metrics = super().loss(batch)
         if self.form == "surrogate":
-            kept = self.weight(finite_logp(batch.logp("policy")).detach(), batch)
+            kept = self.weight(scored_logp(batch, "policy").detach(), batch)
             values = values - values.detach() - kept
         return Loss(values, metrics)
 
@@ -345,6 +345,6 @@ class PolicyShaping(Surrogate):
 
     def surrogate(self, batch: TokenBatch) -> tuple[Float[Tensor, "B T"], dict[str, Metric]]:
         """The shaped probabilities, weighted with the advantages."""
-        probability = finite_logp(batch.logp("policy")).exp()
+        probability = scored_logp(batch, "policy").exp()
         shaped = probability / (probability + self.gamma)
         return -batch.token_advantages() * shaped, {"shaped": token_mean(shaped, batch.token_weight)}

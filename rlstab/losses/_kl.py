@@ -11,8 +11,8 @@ from rlstab.batch import LogProbs, Requirement, TokenBatch
 from rlstab.errors import ConfigError
 from rlstab.losses._checks import check_choice, check_part
 from rlstab.losses._divergence import Estimate
-from rlstab.losses._metrics import Total, token_mean
-from rlstab.losses._ratio import Ratio, TokenRatio, bounded_log, finite_logp, missing
+from rlstab.losses._metrics import Metric, Sum, Total, overflow
+from rlstab.losses._ratio import Ratio, TokenRatio, bounded_log, missing, scored_logp
 from rlstab.losses._term import Loss, Term
 
 Estimator = Literal["k1", "k2", "k3"]
@@ -136,8 +136,8 @@ class KL(Term):
 
     def loss(self, batch: TokenBatch) -> Loss:
         """The weighted estimate per token."""
-        logp, reference = finite_logp(batch.logp("policy")), batch.logp(self.reference)
-        log_ratio = logp.detach() - (reference if self.reference in batch.complete else finite_logp(reference))
+        logp = scored_logp(batch, "policy")
+        log_ratio = logp.detach() - scored_logp(batch, self.reference)
         if self.weight == "none":
             return self._loss(estimate(self.estimator, log_ratio), logp, batch)
         moves = self.weight == "differentiable"
@@ -145,7 +145,7 @@ class KL(Term):
         log_weight = self.ratio.log_ratio(batch)
         log_weight = bounded_log(log_weight if moves and not joint else log_weight.detach())  # sg(w)
         against, limit = self.ratio.against, torch.finfo(log_weight.dtype).max
-        all_drawn = against in batch.complete
+        all_drawn = batch.scores_all(against)
         drawn = log_weight if all_drawn else torch.where(missing(batch, against), -limit, log_weight)
         weighted = weighted_estimate(self.estimator, log_ratio, drawn, joint=joint)
         values, metrics = self._loss(weighted, logp, batch)
@@ -157,6 +157,6 @@ class KL(Term):
     def _loss(self, found: Estimate, logp: Float[Tensor, "B T"], batch: TokenBatch) -> Loss:
         """A loss with this value and this slope in the log-probs."""
         value, slope = found
-        overflow = Total(value.isposinf().count_nonzero())
-        metrics = {"kl": token_mean(value, batch), "overflow": overflow}
+        total = value.sum()  # outside the loss it is 0, as the log-probs are
+        metrics: dict[str, Metric] = {"kl": Sum(total, batch.tokens), "overflow": overflow(value, total, batch)}
         return Loss(torch.addcmul(value, slope, logp - logp.detach()), metrics)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Self
@@ -195,6 +196,18 @@ def token_mean(values: Tensor, mask: Tensor | TokenBatch) -> Sum:
     if isinstance(mask, TokenBatch):
         return Sum((values * mask.token_weight).sum(), mask.tokens)
     return Sum((values * mask).sum(), mask.sum())
+
+
+def overflow(values: Tensor, total: Tensor, batch: TokenBatch) -> Total:
+    """At how many tokens a value is `+inf`; a finite total, where it can be read, answers that at once.
+
+    >>> values = torch.tensor([[1.0, torch.inf]])
+    >>> overflow(values, values.sum(), TokenBatch(mask=torch.ones(1, 2))).value()
+    tensor(1)
+    """
+    if batch.readable and math.isfinite(total.item()):
+        return Total(batch.nothing)
+    return Total(values.isposinf().count_nonzero())
 
 
 def masked_max(values: Tensor, mask: Tensor) -> Max:

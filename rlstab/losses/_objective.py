@@ -129,6 +129,7 @@ class Objective:
         """The loss of a micro-batch: one `TokenBatch` per row source that the terms name."""
         sources = {batch.rows: batch for batch in batches}
         shares: list[Tensor] = []
+        joined, joint = _joined(self.terms) if len(self.terms) > 1 else {}, dict[str, Tensor]()
         reports: dict[str, TermReport] = {}
         for name, term in self.terms.items():
             if term.rows not in sources:
@@ -136,12 +137,17 @@ class Objective:
                     f"term {name!r} acts on {term.rows!r} rows, but the batches hold {sorted(sources)}: "
                     "pass a TokenBatch with these rows"
                 )
-            batch = sources[term.rows]
+            batch, weight, together = sources[term.rows], term.coefficient, joined.get(name)
             values, metrics = term.loss(batch)
-            value = term.mean.reduce(values, batch)
-            weight = term.coefficient
-            shares.append(_times(weight, value))
+            if together is None or values.dim() == 1:
+                value = term.mean.reduce(values, batch)
+                shares.append(_times(weight, value))
+            else:
+                value = term.mean.reduce(values.detach(), batch)  # only reported
+                joint[together] = _plus(joint.get(together), weight, values)
             reports[name] = TermReport(value.detach(), weight, metrics)
+        for name, values in joint.items():
+            shares.append(self.terms[name].mean.reduce(values, sources[self.terms[name].rows]))
         return ObjectiveLoss(sum(shares[1:], start=shares[0]), reports)
 
     def __add__(self, other: "Objective | Term") -> "Objective":
@@ -204,6 +210,24 @@ class Objective:
             )
         for name, controller in controllers.items():
             controller.load_state_dict(state[name])
+
+
+def _joined(terms: Mapping[str, Term]) -> dict[str, str]:
+    """Terms whose losses are added up by token and then averaged once, each with the name of the first of them.
+
+    These have equal means over the same rows, and fixed coefficients.
+    """
+    found: dict[tuple[object, ...], list[str]] = {}
+    for name, term in terms.items():
+        if not isinstance(term.coef, Controller) and term.coef != 0:
+            found.setdefault((term.rows, term.mean.unit, term.mean.over), []).append(name)
+    return {name: names[0] for names in found.values() if len(names) > 1 for name in names}
+
+
+def _plus(total: Tensor | None, weight: float | Tensor, values: Tensor) -> Tensor:
+    if total is None:
+        return values if weight == 1 else weight * values
+    return torch.add(total, values, alpha=weight)
 
 
 def _times(weight: float | Tensor, value: Tensor) -> Tensor:

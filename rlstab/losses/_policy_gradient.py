@@ -14,7 +14,7 @@ from rlstab.losses._mean import Mean, MeanField
 from rlstab.losses._metrics import Metric, Sum, mask_like, token_mean
 from rlstab.losses._ratio import leave_out, missing, ratio_of
 from rlstab.losses._sampler_weight import SamplerCorrection
-from rlstab.losses._surrogate import RatioSurrogate, Surrogate, ratio_max
+from rlstab.losses._surrogate import RatioSurrogate, Surrogate, by_sign, ratio_max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +100,7 @@ def vespo_weight(
     tensor([[1.]])
     """
     log_weight = log_weight.clamp(*_LOG_WEIGHT_RANGE)
-    falling = (advantages < 0).to(advantages.dtype)
-    k = k_pos + (k_neg - k_pos) * falling
-    rate = lambda_pos + (lambda_neg - lambda_pos) * falling
+    k, rate = by_sign(advantages, k_pos, k_neg), by_sign(advantages, lambda_pos, lambda_neg)
     return (rate + k * log_weight - rate * log_weight.exp()).exp()
 
 
@@ -181,7 +179,7 @@ class VESPO(RatioSurrogate):
     def surrogate(self, batch: TokenBatch) -> tuple[Float[Tensor, "B T"], dict[str, Metric]]:
         """The weighted log-probs."""
         log_ratio = self.ratio.log_ratio(batch).detach()  # sg(phi): a weight
-        log_weight = (log_ratio.clamp(-_TOKEN_LIMIT, _TOKEN_LIMIT) * batch.token_weight).sum(-1, keepdim=True)
+        log_weight = log_ratio.clamp(-_TOKEN_LIMIT, _TOKEN_LIMIT).sum(-1, keepdim=True)  # 0 outside the loss
         metrics: dict[str, Metric] = {}
         if self.correction is not None:
             rho, metrics = self.correction.weigh(batch)

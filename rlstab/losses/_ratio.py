@@ -48,6 +48,17 @@ def finite_logp(logp: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return hardtanh(logp, -math.sqrt(largest), largest)
 
 
+def scored_logp(batch: TokenBatch, source: str) -> Float[Tensor, "B T"]:
+    """The log-probs of `source`, held by `finite_logp` where they are not known to be finite.
+
+    >>> batch = TokenBatch(mask=torch.ones(1, 2), logps={"policy": torch.tensor([[-1.0, -torch.inf]])})
+    >>> scored_logp(batch, "policy")
+    tensor([[-1.0000e+00, -1.8447e+19]])
+    """
+    logp = batch.logp(source)
+    return logp if batch.scores_all(source) else finite_logp(logp)
+
+
 def masked_row_mean(values: Float[Tensor, "B T"], mask: Shaped[Tensor, "B T"]) -> Float[Tensor, "B 1"]:
     """The mean over the tokens of each row, where `mask` is 1 or true; 0 in a row without tokens."""
     return ((values * mask).sum(-1) / mask.sum(-1).clamp(min=1)).unsqueeze(-1)
@@ -63,13 +74,12 @@ def missing(batch: TokenBatch, source: str) -> Bool[Tensor, "B T"]:
     >>> missing(batch, "sampler")
     tensor([[False,  True,  True]])
     """
-    if source == "old" and source not in batch.logps:
-        source = "policy"
+    source = batch.recorded(source)
     return batch.once(f"missing from {source}", lambda batch: _missing(batch, source))
 
 
 def _missing(batch: TokenBatch, source: str) -> Bool[Tensor, "B T"]:
-    if source in batch.complete:
+    if batch.scores_all(source):
         return torch.zeros_like(batch.loss_mask)
     logp = batch.logp(source).detach()
     return ~(logp > -torch.inf) if source == "sampler" else logp.isneginf()
@@ -82,7 +92,7 @@ def leave_out(values: Float[Tensor, "B #T"], batch: TokenBatch, source: str) -> 
     >>> leave_out(torch.tensor([[2.0, torch.inf]]), batch, "old")
     tensor([[2., 0.]])
     """
-    return values if source in batch.complete else torch.where(missing(batch, source), 0.0, values)
+    return values if batch.scores_all(source) else torch.where(missing(batch, source), 0.0, values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +213,7 @@ class GSPOTokenRatio(Ratio):
     def log_ratio(self, batch: TokenBatch) -> Float[Tensor, "B T"]:
         """The sequence's value at each of its tokens."""
         sequence = masked_row_mean(self.token_log_ratio(batch), batch.token_weight).detach()  # sg(s): value only
-        logp = finite_logp(batch.logp("policy"))
+        logp = scored_logp(batch, "policy")
         return sequence + logp - logp.detach()  # the token's gradient with value 0
 
 

@@ -11,7 +11,7 @@ from rlstab.batch import TokenBatch
 from rlstab.losses._checks import check_choice, check_number, check_range
 from rlstab.losses._clipped import clipped_surrogate
 from rlstab.losses._metrics import Metric, token_mean
-from rlstab.losses._ratio import bounded_log, finite_logp
+from rlstab.losses._ratio import bounded_log, scored_logp
 from rlstab.losses._surrogate import RatioSurrogate, clip_share, ratio_max
 
 Direction = Literal["forward", "reverse"]
@@ -154,7 +154,7 @@ class RPG(RatioSurrogate):
             found["clipped"] = clip_share(stopped, batch)
             coefficient = torch.where(stopped, 0.0, coefficient)
         if self.form == "reinforce":
-            return -coefficient * finite_logp(batch.logp("policy")), found
+            return -coefficient * scored_logp(batch, "policy"), found
         if not self.clip:
             return self.beta * penalty - ratio * advantages, found
         if not joint:

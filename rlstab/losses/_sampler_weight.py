@@ -69,13 +69,13 @@ class SamplerWeight(Weight):
 
     def counted(self, batch: TokenBatch) -> Bool[Tensor, "B T"]:
         """Tokens of the loss that have a score."""
-        if "sampler" in batch.complete:
+        if batch.scores_all("sampler"):
             return batch.loss_mask
         return batch.once("counted", lambda batch: batch.loss_mask & self.scored(batch))
 
     def unscored_tokens(self, batch: TokenBatch) -> Total:
         """How many tokens of the loss have no score."""
-        if "sampler" in batch.complete:
+        if batch.scores_all("sampler"):
             return Total(batch.nothing)
         return Total(batch.tokens - self.counted(batch).sum())
 
@@ -133,10 +133,11 @@ class SamplerCorrection(SamplerWeight):
         ones = batch.token_weight if whole else mask.to(rho.dtype)
         count = batch.tokens if whole else ones.sum()
         beyond = ones.reciprocal() - 1  # 0 where there is a ratio, else infinite
+        before, after = rho * ones, weight * ones
         return weight, {
-            **_spread(f"{name}/raw_", rho, ones, beyond, count),
-            **_spread(f"{name}/", weight, ones, beyond, count),
-            f"{name}/changed": Sum((mask & (weight != rho)).count_nonzero(), count),
+            **_spread(f"{name}/raw_", rho, before, beyond, count),
+            **_spread(f"{name}/", weight, after, beyond, count),
+            f"{name}/changed": Sum((before != after).count_nonzero(), count),
             "unscored": self.unscored_tokens(batch),
         }
 
@@ -295,8 +296,7 @@ class Veto(SamplerWeight):
         }
 
 
-def _spread(prefix: str, ratios: Tensor, ones: Tensor, beyond: Tensor, count: Tensor) -> dict[str, Metric]:
-    counted = ratios * ones
+def _spread(prefix: str, ratios: Tensor, counted: Tensor, beyond: Tensor, count: Tensor) -> dict[str, Metric]:
     return {
         f"{prefix}mean": Sum(counted.sum(), count),
         f"{prefix}min": Min((ratios + beyond).amin()),

@@ -95,7 +95,7 @@ class Surrogate(Term):
         for source in self.scored_by:
             name = "unscored" if source == "sampler" else "impossible"
             before = found.setdefault(name, None)
-            if source not in batch.complete:
+            if not batch.scores_all(source):
                 tokens = missing(batch, source)
                 found[name] = tokens if before is None or before is tokens else before | tokens
         return {name: Total(batch.nothing if flags is None else flags.count_nonzero()) for name, flags in found.items()}
@@ -163,6 +163,15 @@ class RatioSurrogate(Surrogate):
     def inert_on_policy(self) -> tuple[str, ...]:
         """Bounds on a ratio to the old policy do nothing while that is the policy itself."""
         return super().inert_on_policy + (self.inert_at_ratio_one if self.ratio.against == "old" else ())
+
+
+def by_sign(advantages: Float[Tensor, "B #T"], rising: float, falling: float) -> Float[Tensor, "B #T"]:
+    """`falling` where A < 0, else `rising`.
+
+    >>> by_sign(torch.tensor([[2.0], [-1.0]]), 1.0, 3.0).flatten()
+    tensor([1., 3.])
+    """
+    return torch.full_like(advantages, rising).masked_fill_(advantages < 0, falling)
 
 
 def ratio_max(ratio: Float[Tensor, "B #T"], batch: TokenBatch) -> Max:

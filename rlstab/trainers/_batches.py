@@ -86,6 +86,7 @@ def token_batch(
         router_log_ratios=router_log_ratios,
         zeroed=zeroed,
         complete=frozenset(source for source in carried if COMPLETE + source in inputs),
+        readable=mask.is_cpu,
     )
 
 

@@ -18,8 +18,8 @@ def micro_batch_counts(trainer: Any, inputs: Mapping[str, Any]) -> dict[str, Cou
     counts: dict[str, Count] = {}
     if "generation" in scopes or not training:
         windows = trainer.args.steps_per_generation if training else 1
-        tokens = inputs["num_items_in_batch"].clamp(min=1) / trainer.accelerator.num_processes * accumulation / windows
-        counts["generation"] = Count(tokens, rows * accumulation)
+        shares = trainer.accelerator.num_processes * windows / accumulation
+        counts["generation"] = Count(inputs["num_items_in_batch"] / shares, rows * accumulation)
     if "micro_batch" in scopes:
         _, loss_mask = completion_masks(inputs)
         counts["micro_batch"] = Count(loss_mask.sum() * accumulation, rows * accumulation)

@@ -50,7 +50,7 @@ def measured(result: ObjectiveLoss, batch: TokenBatch, ranks: int) -> dict[str, 
         metrics[f"objective/{name}/loss"] = share(report.loss)
         for key, metric in report.metrics.items():
             metrics[f"objective/{name}/{key}"] = metric
-    metrics["policy/entropy"] = Sum(batch.statistic("entropy").detach().sum(), batch.tokens)
+    metrics["policy/entropy"] = Sum(batch.total("entropy"), batch.tokens)
     return metrics
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby, islice
 from typing import Any
 
@@ -27,16 +28,21 @@ class Series:
     steps: list[int] = field(default_factory=list)
     parts: list[Parts] = field(default_factory=list)
 
-    @property
+    @cached_property
     def values(self) -> list[float]:
-        """The value of each micro-batch; NaN where nothing was counted."""
-        return [_value(self.kind, parts) for parts in self.parts]
+        """The value of each micro-batch, once all are here; NaN where nothing was counted."""
+        if self.kind is Sum:
+            return [num / den if den else math.nan for num, den in self.parts]
+        if self.kind is Hist:
+            return [_value(Hist, counts) for counts in self.parts]
+        return [number for (number,) in self.parts]
 
     @property
     def by_step(self) -> dict[int, float]:
         """The value of each step: that of its micro-batches together."""
-        if len(set(self.steps)) == len(self.steps):
-            return dict(zip(self.steps, self.values, strict=True))
+        of_micro_batches = dict(zip(self.steps, self.values, strict=True))
+        if len(of_micro_batches) == len(self.steps):
+            return of_micro_batches
         of_steps = groupby(zip(self.steps, self.parts, strict=True), key=lambda entry: entry[0])
         return {step: _value(self.kind, merged(self.kind, [parts for _, parts in of])) for step, of in of_steps}
 

@@ -49,7 +49,7 @@ class StepLog:
         self._skip_overflow = skip_overflow
         self._host_names = HostNames(trainer.objective)
         self._on_device = MetricLog(trainer.accelerator)
-        self._of_step: list[Mapping[str, Metric]] = []
+        self._overflow: list[Tensor] = []
         self._numbers: dict[int, dict[str, float]] = {}
         self._accumulation: dict[int, float] = {}
         names = list(trainer.objective.terms)
@@ -60,7 +60,7 @@ class StepLog:
     def add(self, metrics: Mapping[str, Metric]) -> None:
         """Take the metrics of a micro-batch of the coming step."""
         self._on_device.add(self._trainer.state.global_step + 1, metrics)
-        self._of_step.append(metrics)
+        self._overflow += [metrics[key].value() for key in self._overflows if key in metrics]
 
     def evaluated(self, metrics: Mapping[str, Metric]) -> None:
         """Take the metrics of a batch of an evaluation, which has no steps and is read at once."""
@@ -85,14 +85,14 @@ class StepLog:
         at_once = self._acting or self._trainer.accelerator.num_processes > 1 or self._trainer._recorder.listened_to
         if at_once or self._overflowed() or len(self._numbers) == MOST_UNREAD:
             self.read()
-        self._of_step = []
+        self._overflow = []
 
     def _overflowed(self) -> bool:
         """Whether a term was infinite on this rank in a step that would then leave out its update."""
-        if not self._skip_overflow:
+        counts = self._overflow
+        if not (self._skip_overflow and counts):
             return False
-        counts = [metrics[key].value() for key in self._overflows for metrics in self._of_step if key in metrics]
-        return bool(counts) and bool(torch.stack(counts).any())
+        return any(map(bool, counts)) if counts[0].is_cpu else bool(torch.stack(counts).any())  # one wait for a device
 
     def read(self) -> None:
         """Bring what is left from the device and hand it on."""
@@ -104,11 +104,12 @@ class StepLog:
         columns = _by_step(measured)
         columns |= {key: columns[own] for own, key in self._of_policy.items() if own in columns}
         applied = {name: float(term.coefficient) for name, term in objective.terms.items()}
-        overflows = [columns[key] for key in self._overflows if key in columns]
+        counts = [columns[key] for key in self._overflows if key in columns]
+        infinite = {step for of_steps in counts for step, count in of_steps.items() if count > 0}
         for step, of_step in numbers.items():
             for key, value in of_step.items():
                 columns.setdefault(key, {})[step] = value
-            if self._acting or any(counts.get(step, 0.0) > 0 for counts in overflows):
+            if self._acting or step in infinite:
                 self._act(step, columns)
             if coefficients := self._host_names.entropy_coefficients(objective):
                 self._extend("train", {"entropy_coef": coefficients})

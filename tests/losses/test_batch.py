@@ -216,3 +216,18 @@ def test_new_log_probs_are_not_known_to_be_complete() -> None:
     assert all(part.complete == {"old"} for part in batch.split([1, 3]))
     assert batch.replace(logps=logps).complete == batch.replace(mask=torch.ones(4, 2)).complete == frozenset()
     assert batch.replace(logps=logps, complete=frozenset({"policy"})).complete == {"policy"}
+
+
+@pytest.mark.parametrize("lost", [-torch.inf, torch.nan])
+def test_a_readable_batch_finds_out_what_is_complete(lost: float) -> None:
+    logps = {"policy": torch.tensor([[-1.0, -2.0]]), "sampler": torch.tensor([[-1.0, lost]])}
+    unread = TokenBatch(mask=torch.ones(1, 2), logps=logps, complete=frozenset({"sampler"}))
+    assert unread.scores_all("sampler")
+    assert not unread.scores_all("policy")
+    batch = unread.replace(complete=frozenset(), readable=True)
+    assert batch.scores_all("policy")
+    assert batch.scores_all("old")  # on policy
+    assert not batch.scores_all("sampler")
+    elsewhere = {**logps, "old": torch.full((1, 2), -torch.inf)}
+    assert not batch.replace(logps=elsewhere).scores_all("old")
+    assert batch.replace(logps=elsewhere, mask=torch.zeros(1, 2), loss_mask=torch.zeros(1, 2)).scores_all("old")

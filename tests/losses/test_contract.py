@@ -454,6 +454,28 @@ def test_an_impossible_token_makes_no_nan(part: Term, sources: list[str]) -> Non
 
 
 @pytest.mark.parametrize("part", parts(Term))
+@pytest.mark.parametrize("sources", [(), ("policy",), ("policy", "old", "sampler", "initial")], ids="-".join)
+def test_what_is_read_early_changes_nothing(part: Term, sources: tuple[str, ...]) -> None:
+    data = data_of()
+    logps = {name: value.clone() for name, value in data.logps.items()}
+    for source in sources:
+        logps[source][0, 0] = -torch.inf
+
+    def results(*, readable: bool) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
+        leaf = logps["policy"].clone().requires_grad_()
+        batch = batch_for(part, replace(data, logps={**logps, "policy": leaf})).replace(readable=readable)
+        loss, terms = Objective(term=part)(batch)
+        found = (
+            torch.autograd.grad(loss, [leaf], allow_unused=True, materialize_grads=True) if loss.requires_grad else ()
+        )
+        return loss.detach(), list(found), {name: metric.value() for name, metric in terms["term"].metrics.items()}
+
+    torch.testing.assert_close(
+        results(readable=True), results(readable=False), rtol=1e-6, atol=1e-6, equal_nan=True, check_dtype=False
+    )
+
+
+@pytest.mark.parametrize("part", parts(Term))
 def test_gradients_add_to_those_of_another_term(part: Term) -> None:
     data = data_of(dtype=torch.float64)
     leaves = [leaf.requires_grad_() for leaf in data.leaves().values()]
