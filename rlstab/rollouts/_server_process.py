@@ -17,6 +17,7 @@ from typing import Any, Self, final
 import torch
 
 from rlstab.errors import EngineError
+from rlstab.rollouts._vllm_follow import leader_environment
 
 __all__ = ["ServerProcess"]
 
@@ -29,7 +30,8 @@ GRACE = 10.0
 class ServerProcess:
     """`rlstab serve` in a process of this machine, for tests, checks, and trainers that want one of their own.
 
-    Ends with the block, or with `close`. Its log is shown when it does not start.
+    Ends with the block, with `close`, or with the process that made it, however that ends. Its log is shown when it
+    does not start.
 
     Args:
         model: folder or name of a checkpoint, with its tokenizer.
@@ -65,7 +67,11 @@ class ServerProcess:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
         self.process = subprocess.Popen(
             [sys.executable, "-c", START, "serve", model, *words],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            env={
+                **os.environ,
+                **leader_environment(),
+                "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            },
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,

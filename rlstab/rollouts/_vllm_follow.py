@@ -1,4 +1,4 @@
-"""Has vLLM's processes end with the one that drives them, however that ends, while they start too."""
+"""Has vLLM's processes, and servers, end with the process that drives them, however that ends, while they start too."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ LEADER = "RLSTAB_LEADER"
 
 
 def leader_environment() -> dict[str, str]:
-    """What vLLM's processes have to find in their environment to end with this one."""
+    """What a process has to find in its environment to end with this one."""
     return {LEADER: f"{_here()} {os.getpid()}"} if sys.platform == "linux" else {}
 
 
 def follow_leader() -> None:
-    """End with the process that drives vLLM, if the environment names one of this machine."""
-    here, _, leader = os.environ.get(LEADER, "").rpartition(" ")
+    """End with the process that the environment names, if it names one of this machine.
+
+    The name is taken out of the environment: it is not meant for processes that this one starts.
+    """
+    here, _, leader = os.environ.pop(LEADER, "").rpartition(" ")
     if leader and here == _here() and int(leader) != os.getpid():
         threading.Thread(target=_follow, args=[int(leader)], name="rlstab-follow", daemon=True).start()
 

@@ -20,7 +20,7 @@ from rlstab.rollouts._server_key import KeyCheck, ServerKey, check_address
 from rlstab.rollouts._vllm_calls import Limits
 from rlstab.rollouts._vllm_cores import environment_defaults
 from rlstab.rollouts._vllm_driver import Driver, InFlight
-from rlstab.rollouts._vllm_follow import leader_environment
+from rlstab.rollouts._vllm_follow import follow_leader, leader_environment
 from rlstab.rollouts._vllm_routes import NATIVE, RouteStream, route_settings
 from rlstab.rollouts._vllm_server import ServerRoutes, WeightTransfer
 from rlstab.rollouts._vllm_settings import check_settings, engine_defaults
@@ -100,6 +100,7 @@ def serve(model: str, settings: ServerSettings) -> None:
         serve("checkpoint", ServerSettings(port=8001))
         ```
     """
+    follow_leader()
     check_settings("rlstab serve", settings.arguments, patience=settings.patience, kept_limit=settings.kept_limit)
     environment = {
         "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
