@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from rlstab.errors import ConfigError, RecordError
@@ -35,6 +36,7 @@ __all__ = ["Watch", "watch"]
 logger = logging.getLogger("rlstab")
 
 HELD_OUT = "eval/"
+SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 LEVELS = {"note": logging.INFO, "warning": logging.WARNING, "critical": logging.ERROR}
 
 
@@ -126,7 +128,7 @@ class Watch(TrainerCallback, ExportableState, StepReader):
         """Take up a resumed run where its checkpoint left it, and the first snapshot."""
         run = Run.of(control, kwargs)
         self._main, self._report_to = args.process_index == 0, list(args.report_to)
-        check_sharding(self._guard, run.model, sharded=bool(args.deepspeed or args.fsdp))
+        check_sharding(self._guard, run.model, sharded=AcceleratorState().distributed_type in SHARDING)
         if self._trainer is None:
             _check_scales(self.monitor.rules, None)
         products = self._scaling.products if self._scaling is not None else {}
@@ -399,10 +401,10 @@ def _check(trainer: Any, rules: Sequence[Rule], guard: Guard | None) -> None:
         )
     if any(isinstance(callback, Watch) for callback in trainer.callback_handler.callbacks):
         raise ConfigError("this trainer is watched already: detach the other watch first")
-    if trainer.is_deepspeed_enabled and any(isinstance(rule.action, SkipStep) for rule in rules):
-        raise ConfigError("SkipStep: DeepSpeed makes its update within the backward pass: use Stop or RollBack")
     fsdp1 = trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2
     check_sharding(guard, None, sharded=trainer.is_deepspeed_enabled or fsdp1)
+    if trainer.is_deepspeed_enabled and any(isinstance(rule.action, SkipStep) for rule in rules):
+        raise ConfigError("SkipStep: DeepSpeed makes its update within the backward pass: use Stop or RollBack")
     _check_scales(rules, trainer.objective if isinstance(trainer, StableGRPOTrainer) else None)
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import DistributedType, PartialState
+from accelerate.state import AcceleratorState
 from small_runs import TOKENIZER, assert_same_weights, run_folder, tiny_policy, trainer_of, weights
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -353,6 +355,23 @@ def test_a_resumed_guard_remembers_how_often_it_went_back(tmp_path: Path) -> Non
 def test_bad_numbers_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"Guard\.{name}: expected at least 1, got 0"):
         Guard(**dict[str, Any]({name: 0}))
+
+
+@pytest.mark.parametrize("sharding", ["FSDP", "DEEPSPEED"])
+def test_weights_that_cannot_be_put_back_are_refused(
+    sharding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attached whole, before anything is trained; as a callback, which knows no trainer, before the first step."""
+    trainer, callback = host("SFT", tmp_path), Watch(guard=Guard())
+    vars(trainer)["is_fsdp_enabled" if sharding == "FSDP" else "is_deepspeed_enabled"] = True
+    for rules in (None, []):
+        with pytest.raises(ConfigError, match=r"use FSDP2 .* or Stop instead of RollBack"):
+            watch(trainer, rules, guard=Guard())
+    for state in (PartialState, AcceleratorState):
+        monkeypatch.setitem(state._shared_state, "distributed_type", DistributedType(sharding))
+    given = {"model": trainer.model, "optimizer": None, "lr_scheduler": None}
+    with pytest.raises(ConfigError, match="DeepSpeed and FSDP1 hold weights that cannot be put back in place"):
+        callback.on_train_begin(trainer.args, trainer.state, trainer.control, **given)
 
 
 # ---------------------------------------------------------------------- files and checkpoints
