@@ -111,7 +111,7 @@ def trainer_arguments(recipe: Recipe, output: Path, *, anywhere: bool = False) -
     """
     weights = {} if recipe.rewards is None else {"reward_weights": [part.weight for part in recipe.rewards.values()]}
     with host_errors():
-        return GRPOConfig(**_arguments(recipe, output, anywhere), **weights)
+        return GRPOConfig(**{**_arguments(recipe, output, anywhere), **weights})
 
 
 def host_arguments(recipe: Recipe, output: Path, *, anywhere: bool = False) -> GRPOConfig | SFTConfig:
