@@ -10,12 +10,22 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 import rlstab
-from rlstab.errors import ConfigError, HostError, RecipeError, RecordError, RlstabError, WeightSyncError
+from rlstab.errors import (
+    ConfigError,
+    HostError,
+    RecipeError,
+    RecordError,
+    RewardError,
+    RlstabError,
+    WeightSyncError,
+)
 
 __all__ = ["main"]
 
 MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130
 UNREADABLE = 3
+#: What the recipe, the arguments or the rewards that a recipe names are to blame for.
+MISTAKES = (ConfigError, RecordError, HostError, RewardError)
 WIDTH_OF_A_FILE = 160
 
 TRAIN_FLAGS = ("--help", "--list-keys", "--dry-run", "--resume")
@@ -65,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; those of the process if not given.
 
     Returns:
-        The exit code: 0, 2 for a mistake in the arguments or the recipe, 1 for another failure, 130 after Ctrl-C.
+        The exit code: 0, 2 for a mistake in the arguments, the recipe or its rewards, 1 for another failure, 130 after
+        Ctrl-C.
         `diagnose` returns 0 for a healthy run, 1 for a warning, 2 for a collapse, 3 for a run that cannot be read;
         `check` 0 for agreement, 1 for a mismatch, 2 if it could not run.
     """
@@ -91,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ArgumentError as error:
         return _fail(" ".join(str(error).split()), MISTAKE)
     except RlstabError as error:
-        return _fail(str(error), MISTAKE if isinstance(error, ConfigError | RecordError | HostError) else FAILURE)
+        return _fail(str(error), MISTAKE if isinstance(error, MISTAKES) else FAILURE)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
 

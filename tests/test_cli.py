@@ -152,6 +152,20 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert shown.out == ""
 
 
+def shaky(completions: list[str], **_: object) -> list[float]:
+    """A reward that raises."""
+    raise KeyError("gone")
+
+
+def test_a_reward_that_raises_is_one_line(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    part = f"{{class_path: FunctionReward, init_args: {{function: {__name__}.shaky}}}}"
+    small = ["model.hidden=16", "model.layers=1", "prompts=8", "evaluation={prompts: 1, samples: 1, ks: [1]}"]
+    changes = [*small, f"rewards={{mine: {part}}}", "threads=1", f"output={tmp_path / 'run'}"]
+    assert main(["train", str(recipe), *[f"--{change}" for change in changes]]) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rlstab: ")]
+    assert re.fullmatch(r"rlstab: mine: KeyError: 'gone'; completion 0 is '.*'", line)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
