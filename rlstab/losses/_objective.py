@@ -129,7 +129,8 @@ class Objective:
         """The loss of a micro-batch: one `TokenBatch` per row source that the terms name."""
         sources = {batch.rows: batch for batch in batches}
         shares: list[Tensor] = []
-        joined, joint = _joined(self.terms) if len(self.terms) > 1 else {}, dict[str, Tensor]()
+        joined = _joined(self.terms) if len(self.terms) > 1 else {}
+        joint: dict[str, Tensor] = {}
         reports: dict[str, TermReport] = {}
         for name, term in self.terms.items():
             if term.rows not in sources:
@@ -144,7 +145,7 @@ class Objective:
                 shares.append(_times(weight, value))
             else:
                 value = term.mean.reduce(values.detach(), batch)  # only reported
-                joint[together] = _plus(joint.get(together), weight, values)
+                joint[together] = _plus(joint.get(together), float(weight), values)
             reports[name] = TermReport(value.detach(), weight, metrics)
         for name, values in joint.items():
             shares.append(self.terms[name].mean.reduce(values, sources[self.terms[name].rows]))
@@ -224,7 +225,7 @@ def _joined(terms: Mapping[str, Term]) -> dict[str, str]:
     return {name: names[0] for names in found.values() if len(names) > 1 for name in names}
 
 
-def _plus(total: Tensor | None, weight: float | Tensor, values: Tensor) -> Tensor:
+def _plus(total: Tensor | None, weight: float, values: Tensor) -> Tensor:
     if total is None:
         return values if weight == 1 else weight * values
     return torch.add(total, values, alpha=weight)

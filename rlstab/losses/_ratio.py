@@ -19,6 +19,12 @@ def ratio_limit(dtype: torch.dtype) -> float:
     return (math.log(torch.finfo(dtype).max) - 1) / 2
 
 
+_BOUNDS = {
+    dtype: (-torch.finfo(dtype).max, ratio_limit(dtype))
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
+
+
 def ratio_of(log_ratio: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """`exp(log_ratio)`, held at `exp(ratio_limit)` with gradient 0 beyond (1.1e19 in float32).
 
@@ -34,7 +40,7 @@ def ratio_of(log_ratio: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 def bounded_log(log_ratio: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """The finite logarithm of `ratio_of`."""
     # hardtanh: a clamp whose backward pass is several times faster on a CPU
-    return hardtanh(log_ratio, -torch.finfo(log_ratio.dtype).max, ratio_limit(log_ratio.dtype))
+    return hardtanh(log_ratio, *_BOUNDS[log_ratio.dtype])
 
 
 def finite_logp(logp: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

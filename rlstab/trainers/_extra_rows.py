@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -200,7 +199,9 @@ class ExtraPass:
 
     def __call__(self, model: nn.Module) -> list[TokenBatch]:
         """A batch for each role: rows of the step at hand, of this micro-batch and rank."""
-        with self._trainer._routing.aside() if self._sources else nullcontext():
+        if not self._sources:
+            return []
+        with self._trainer._routing.aside():
             return [self._batch(model, source) for source in self._sources]
 
     def _batch(self, model: nn.Module, source: ExtraRows) -> TokenBatch:
