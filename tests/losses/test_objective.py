@@ -323,3 +323,23 @@ def test_the_loss_keeps_its_dtype_under_a_controller() -> None:
 def test_a_controller_cannot_be_multiplied() -> None:
     with pytest.raises(ConfigError, match=r"Pull\.coef is a controller"):
         _ = 2 * Pull(coef=Linear(start=1.0, end=0.0, steps=4))
+
+
+@pytest.mark.compile
+def test_terms_with_one_mean_compile_and_add_up() -> None:
+    batch, logp = batch_of(vocab={"entropy": torch.rand(4, 3, dtype=torch.float64)})
+    objective = Objective(
+        policy=Reward(),
+        pull=0.5 * Pull(),
+        entropy=EntropyBonus(coef=-2.0).mean("sequence"),
+        off=KL(coef=0.0),
+    )
+
+    def loss_of(policy: Tensor) -> Tensor:
+        return objective(batch.replace(logps={**batch.logps, "policy": policy})).loss
+
+    loss, terms = objective(batch)
+    torch.testing.assert_close(loss, torch.stack([float(t.weight) * t.loss for t in terms.values()]).sum())
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager", dynamic=False)(logp)
+    torch.testing.assert_close(compiled, loss)
+    torch.testing.assert_close(torch.autograd.grad(compiled, logp), torch.autograd.grad(loss, logp))
