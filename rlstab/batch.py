@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Literal, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -35,7 +35,6 @@ Scope = Literal["step", "generation", "micro_batch"]
 #: The optional fields of a `TokenBatch` with one row per completion.
 COLUMNS = ("advantages", "rewards", "baseline", "group", "token_ids", "truncated", "router_log_ratios")
 
-Made = TypeVar("Made")
 FAR = 1e18  # more nats than tokens have: as no log-prob is above 0, each is above their sum
 
 
@@ -177,29 +176,31 @@ class TokenBatch:
     readable: bool = False
     token_weight: Float[Tensor, "B T"] = field(init=False, repr=False)
     """`loss_mask` as numbers, 1.0 or 0.0: what losses and metrics are multiplied with."""
-    _memory: dict[str, Any] = field(init=False, repr=False, default_factory=dict)
+    _memory: dict[str, Tensor] = field(init=False, repr=False, default_factory=dict)
+    _found: dict[str, bool] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        fill = {"mask": self.mask.bool()}
-        fill["loss_mask"] = fill["mask"] if self.loss_mask is None else self.loss_mask.bool()
-        for name, value in fill.items():
-            object.__setattr__(self, name, value)
+        give = object.__setattr__
+        give(self, "mask", self.mask.bool())
+        give(self, "loss_mask", self.mask if self.loss_mask is None else self.loss_mask.bool())
         self._check_shapes()
-        logps = {k: self._clean(v.detach() if v.requires_grad and k != "policy" else v) for k, v in self.logps.items()}
+        logps = {k: self._clean(v.detach() if k != "policy" and v.requires_grad else v) for k, v in self.logps.items()}
         clean: dict[str, object] = {"logps": logps, "vocab": {k: self._clean(v) for k, v in self.vocab.items()}}
         if self.advantages is not None and self.advantages.dim() == 2:
             clean["advantages"] = self._clean(self.advantages)
         if self.router_log_ratios is not None:  # no gradient: what a router does must not be steered by a ratio
             clean["router_log_ratios"] = self._clean(self.router_log_ratios.detach())
         clean["token_weight"] = self.loss_mask.view(torch.uint8).float()  # by way of bytes: much faster on a CPU
-        for name, result in {**clean, "zeroed": True}.items():
-            object.__setattr__(self, name, result)
+        clean["zeroed"] = True
+        for name, result in clean.items():
+            give(self, name, result)
 
     def _clean(self, values: Tensor) -> Tensor:
         if values.dtype in (torch.float16, torch.bfloat16):
             values = values.float()
-        mask = self.loss_mask[..., None, None] if values.dim() == 4 else self.loss_mask
-        return values if self.zeroed else torch.where(mask, values, 0.0)
+        if self.zeroed:
+            return values
+        return torch.where(self.loss_mask[..., None, None] if values.dim() == 4 else self.loss_mask, values, 0.0)
 
     def _check_shapes(self) -> None:
         if self.mask.dim() != 2:
@@ -244,7 +245,9 @@ class TokenBatch:
         source = self.recorded(source)
         if source in self.complete or not self.readable:
             return source in self.complete
-        return self.once(f"all of {source}", lambda batch: batch.logp(source).detach().sum().item() > -FAR)
+        if source not in self._found:
+            self._found[source] = self.logp(source).detach().sum().item() > -FAR
+        return self._found[source]
 
     def recorded(self, source: str) -> str:
         """`source`, or the policy in place of an `old` that was not recorded (on policy)."""
@@ -289,12 +292,11 @@ class TokenBatch:
             )
         return self.parts[key]
 
-    def once(self, key: str, compute: Callable[[TokenBatch], Made]) -> Made:
+    def once(self, key: str, compute: Callable[[TokenBatch], Tensor]) -> Tensor:
         """What `compute` makes of this batch, without gradient; a second call with the same key finds it ready."""
         if key not in self._memory:
             self._memory[key] = compute(self)
-        found: Made = self._memory[key]
-        return found
+        return self._memory[key]
 
     @property
     def nothing(self) -> Float[Tensor, ""]:
