@@ -232,11 +232,17 @@ class OwnProcesses(Core):
             try:
                 return future.result(timeout=min(1.0, self._patience))
             except TimeoutError:
+                if self.driver.engine.errored:  # vLLM leaves calls of its workers without an answer then
+                    future.cancel()
+                    raise self._died() from None
                 if time.monotonic() - self.driver.progress > self._patience:
                     self._give_up(future)
             except EngineDeadError as died:
-                self._fault = "died in its own process"
-                raise EngineError(f"vLLM {self._fault}; its log says why. Make a new engine") from died
+                raise self._died() from died
+
+    def _died(self) -> EngineError:
+        self._fault = "died in its own process"
+        return EngineError(f"vLLM {self._fault}; its log says why. Make a new engine")
 
     def _give_up(self, future: Future[Any]) -> None:
         self._fault = f"gave no sign of life for {self._patience:g} s"

@@ -4,10 +4,9 @@ The engine of the contract goes on here, and is killed in the last test.
 """
 
 import copy
-import os
-import signal
 import time
 
+import psutil
 import pytest
 import torch
 from background import InBackground
@@ -63,16 +62,24 @@ def test_weights_change_under_requests_in_flight(engine: VLLMEngine, model: PreT
         torch.testing.assert_close(rollout.logprobs, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("blow", [signal.SIGSTOP, signal.SIGKILL])
-def test_a_core_that_hangs_or_dies_is_an_error(engine: VLLMEngine, blow: signal.Signals) -> None:
-    core = engine._core
+@pytest.mark.parametrize("blow", ["hangs", "dies"])
+def test_a_core_that_hangs_or_dies_is_an_error(engine: VLLMEngine, model: PreTrainedModel, blow: str) -> None:
+    """One that dies while it samples and takes weights: both calls find it, long before their patience ends."""
+    core, version = engine._core, engine.weight_version + 1
     assert isinstance(core, OwnProcesses)
-    core._patience = 3.0
+    core._patience = 3.0 if blow == "hangs" else 600.0
+    process = psutil.Process(core.driver.processes[0].pid)
     sampling = InBackground(lambda: engine.generate(REQUESTS, LONG))
     until_tokens_come(core, len(REQUESTS))
-    os.kill(core.driver.processes[0].pid, blow)
+    process.suspend()  # so that the death falls into both
+    if blow == "dies":
+        syncing = InBackground(lambda: engine.sync_weights(ModelWeights(model), version))
+        time.sleep(0.5)
+        process.kill()
+        syncing.join(60)
+        assert "died in its own process" in str(syncing.error)
     sampling.join(60)
-    expected = {signal.SIGSTOP: "no sign of life for 3 s and was killed", signal.SIGKILL: "died in its own process"}
+    expected = {"hangs": "no sign of life for 3 s and was killed", "dies": "died in its own process"}
     assert expected[blow] in str(sampling.error)
     assert not engine.health().alive
     with pytest.raises(EngineError, match="make a new engine"):
