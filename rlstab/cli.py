@@ -284,15 +284,16 @@ def _report(runs: Sequence[str], *, output: str | None) -> int:
 
     from rich.console import Console
 
-    from rlstab.record import RunFolder, read_run
-    from rlstab.report import print_summary, write_page, write_plots, write_report
+    from rlstab.record import Run, RunFolder, read_run
+    from rlstab.report import print_summary, write_page, write_plots
 
     console = Console()
     if len(runs) == 1 and output is None and (Path(runs[0]) / "config.yaml").is_file():
         folder = RunFolder.open(runs[0])
-        write_plots(folder)
-        page = write_report(folder)
-        print_summary(folder, console)
+        read = Run.of(folder)
+        write_plots(folder, read)
+        page = write_page([read], folder.report)
+        print_summary(read, console)
     else:
         page = write_page([read_run(run) for run in runs], output or "report.html")
     console.print(f"report: {page}", highlight=False, soft_wrap=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 
@@ -128,14 +128,14 @@ def _timeline(
     rows = [(claim.since, f"{claim.title}: {claim.evidence[0]}") for claim in claims]
     rows += [(sight.since or 0, sight.says) for sight in harm]
     told = [event for event in happenings if event.step is not None and event.kind not in ROUTINE]
-    rows += [(event.step or 0, _said(event.kind, event.fields)) for event in told]
+    rows += [(event.step or 0, _said(event)) for event in told]
     return tuple(sorted(rows, key=lambda row: row[0]))
 
 
-def _said(kind: str, fields: Mapping[str, object]) -> str:
-    match fields:
+def _said(event: Happening) -> str:
+    match event.fields:
         case {"message": str(message)}:
-            return f"{kind}: {message}"
+            return f"{event.kind}: {message.removeprefix(f'step {event.step}: ')}"
         case {"keys": list(keys)}:
-            return f"{kind}: {', '.join(map(str, keys))}"
-    return kind
+            return f"{event.kind}: {', '.join(map(str, keys))}"
+    return event.kind

@@ -160,8 +160,9 @@ class Sign:
     role: Literal["needed", "veto", "counts"] = "counts"
 
     def missing(self, trace: Trace) -> tuple[str, ...]:
-        """Return the signals that the run lacks."""
-        return tuple(entry for entry in self.reads if trace.first_of(*entry.split("|")) is None)
+        """Return the signals that the run lacks, in words where any of several would do."""
+        missing = [keys for entry in self.reads if trace.first_of(*(keys := entry.split("|"))) is None]
+        return tuple(" or ".join(keys) for keys in missing)
 
 
 class Edit(NamedTuple):

@@ -160,6 +160,7 @@ def marks_of(run: Run, diagnosis: Diagnosis) -> list[Mark]:
     found += [(harm.since or 0, "harm", harm.says) for harm in diagnosis.harm]
     for event in run.events.rows:
         if event.kind in ALARMS and event.step is not None and event.fields.get("change") != "cleared":
-            found.append((event.step, "alarm", str(event.fields.get("message", event.kind))))
+            says = str(event.fields.get("message", event.kind)).removeprefix(f"step {event.step}: ")
+            found.append((event.step, "alarm", says))
     kept = sorted(found[:MARKS], key=lambda entry: entry[0])
     return [Mark(step, number, kind, says) for number, (step, kind, says) in enumerate(kept, start=1)]

@@ -27,6 +27,7 @@ SIGNALS = (
     (("train/frac_reward_zero_std",), "no signal"),
 )
 BARS = "▁▂▃▄▅▆▇█"
+LARGEST = 1e200
 QUIET = 60
 """Seconds without a new record after which a run that has not finished is called quiet."""
 
@@ -92,7 +93,8 @@ def bars(values: NDArray[np.float64], width: int) -> str:
     """
     if not len(values):
         return ""
-    stretches = np.array_split(values, min(width, len(values)))
+    drawn = np.where(np.isinf(values), np.nan, np.clip(values, -LARGEST, LARGEST))
+    stretches = np.array_split(drawn, min(width, len(values)))
     means = [float(part[np.isfinite(part)].mean()) if np.isfinite(part).any() else math.nan for part in stretches]
     finite = [mean for mean in means if mean == mean]
     low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)

@@ -50,7 +50,7 @@ class Plot(NamedTuple):
         return run.why_missing(self.keys[0], self.absent)
 
 
-def write_plots(folder: RunFolder) -> list[Path]:
+def write_plots(folder: RunFolder, run: Run | None = None) -> list[Path]:
     """Write the plots of a run into its folder, as PNG.
 
     Written are `reward.png`, `kl_drift.png`, `mismatch.png`, `mismatch_by_probability.png` and `entropy.png`, each only
@@ -58,6 +58,7 @@ def write_plots(folder: RunFolder) -> list[Path]:
 
     Args:
         folder: The run.
+        run: What was read of it, where that was done already.
 
     Returns:
         The files that were written.
@@ -73,7 +74,7 @@ def write_plots(folder: RunFolder) -> list[Path]:
         ...     [file.name for file in write_plots(folder)]
         ['reward.png']
     """
-    run = Run.of(folder)
+    run = run or Run.of(folder)
     written: list[Path] = []
     for plot in PLOTS:
         if plot.possible(run):

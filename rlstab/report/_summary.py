@@ -111,11 +111,11 @@ def summary(folder: RunFolder) -> list[SummaryRow]:
     return summarise(Run.of(folder))
 
 
-def print_summary(folder: RunFolder, console: Console) -> None:
+def print_summary(run: Run | RunFolder, console: Console) -> None:
     """Print the table "before → after"; nothing where the run recorded neither evaluations nor reward.
 
     Args:
-        folder: The run.
+        run: As it was read, or its folder.
         console: Where to print.
 
     Raises:
@@ -134,7 +134,7 @@ def print_summary(folder: RunFolder, console: Console) -> None:
          pass@1       –   75.0 %        –
         <BLANKLINE>
     """
-    run = Run.of(folder)
+    run = Run.of(run) if isinstance(run, RunFolder) else run
     styles = {"better": "bold green", "worse": "bold red", "not clear": "yellow", "": ""}
     table = Table(
         title=Text(one_line(f"{run.name}: before → after")), title_justify="left", box=SIMPLE_HEAD, pad_edge=False

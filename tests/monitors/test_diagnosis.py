@@ -123,6 +123,7 @@ def test_a_lag_is_told_from_weights_that_never_come() -> None:
         ("entropy", "prompts"),
         ("diversity", "objective.init_args.terms.drift"),
         ("saturated", "task.init_args.digits"),
+        ("saturated", "trainer.max_completion_length"),
         ("too_hard", "warmup.steps"),
         ("router", "replay"),
         ("reference_drift", "objective.init_args.terms.drift.init_args.reference"),
@@ -227,6 +228,7 @@ def test_what_is_missing_is_named() -> None:
     found = diagnosis_of(replace(run, metrics=replace(run.metrics, rows=rows)))
     assert found.state == "collapsed"
     assert "mismatch/k3" in found.unexamined["staleness"]
+    assert "drift/moving/kl or train/kl" in found.unexamined["reference_drift"]
     assert all(claim.name != "staleness" for claim in found.claims)
 
 
@@ -239,7 +241,7 @@ def test_events_of_a_tracer_and_alarms_stand_in_the_timeline() -> None:
     found = diagnose(Trace(curves={"train/loss": loss}, happenings=happenings))
     assert "traced to the forward: layers.1.mlp" in found.claims[0].evidence
     assert [step for step, _ in found.timeline] == [2, 4, 4, 4]
-    assert found.timeline[0][1] == "alarm: step 2: warning"
+    assert found.timeline[0][1] == "alarm: warning"
 
 
 def known_keys() -> list[str]:

@@ -68,6 +68,7 @@ def test_bars(values: list[float], drawn: str) -> None:
 
 def test_a_long_course_is_drawn_in_few_characters() -> None:
     assert len(bars(np.linspace(0.0, 1.0, 10_000), 30)) == 30
+    assert bars(np.array([1e308, -1e308, np.inf]), 9) == "█▁×"
 
 
 def test_a_folder_is_read_when_it_has_grown(empty_run: RunFolder) -> None:

@@ -59,12 +59,12 @@ def _unclipped(trace: Trace) -> Sighting | None:
 
 
 def _edits(trace: Trace) -> list[Edit]:
-    usual = trace.part(NORM, 0.0, 0.5)
-    return (
-        [Edit("trainer.max_grad_norm", float(f"{usual:.2g}"), "the usual norm of this run")]
-        if usual > 0
-        else slower(trace, 2)
-    )
+    steps, norms = trace.finite(NORM)
+    at, sizes = spikes(trace)
+    usual = float(np.median(norms[steps < at[sizes > TIMES][0]]))
+    if usual <= 0:
+        return slower(trace, 2)
+    return [Edit("trainer.max_grad_norm", float(f"{usual:.2g}"), "the usual norm before the first of them")]
 
 
 EXPLANATION = Explanation(

@@ -22,8 +22,12 @@ def _held_out_too(trace: Trace) -> Sighting:
 
 
 def _edits(trace: Trace) -> list[Edit]:
-    digits = trace.setting("task.init_args.digits")
-    return [Edit("task.init_args.digits", digits + 2, "a harder task")] if isinstance(digits, int) else []
+    digits, limit = trace.setting("task.init_args.digits"), trace.setting("trainer.max_completion_length")
+    if not isinstance(digits, int):
+        return []
+    harder = [Edit("task.init_args.digits", digits + 2, "a harder task")]
+    room = Edit("trainer.max_completion_length", limit + 2, "room for its answers") if isinstance(limit, int) else None
+    return [*harder, room] if room else harder
 
 
 EXPLANATION = Explanation(
