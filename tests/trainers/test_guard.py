@@ -364,7 +364,8 @@ def test_weights_that_cannot_be_put_back_are_refused(
     """Attached whole, before anything is trained; as a callback, which knows no trainer, before the first step."""
     trainer, callback = host("SFT", tmp_path), Watch(guard=Guard())
     vars(trainer)["is_fsdp_enabled" if sharding == "FSDP" else "is_deepspeed_enabled"] = True
-    for rules in (None, []):
+    cases: tuple[list[Rule] | None, ...] = (None, [])
+    for rules in cases:
         with pytest.raises(ConfigError, match=r"use FSDP2 .* or Stop instead of RollBack"):
             watch(trainer, rules, guard=Guard())
     for state in (PartialState, AcceleratorState):
