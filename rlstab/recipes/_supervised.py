@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
-from transformers import TrainerCallback, set_seed
+from transformers import set_seed
 
 from rlstab.errors import RecipeError
 from rlstab.record import RunFolder
@@ -150,7 +150,7 @@ def supervised_trainer(
     args: SFTConfig,
     start: "Callable[[], LoadedModel]",
     folder: RunFolder | None,
-    callbacks: list[TrainerCallback],
+    callbacks: list[Any],
 ) -> TrustRegionSFTTrainer:
     """The trainer of a recipe, watched; its numbers go into the run folder."""
     data = demonstrations_of(recipe, supervised)

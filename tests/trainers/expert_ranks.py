@@ -30,7 +30,7 @@ def imitated(output: Path, *, rows: int) -> dict[str, Any]:
         weighed=0.5 * ImportanceSFT(level="sequence").mean("sequence"),
         clipped=0.5 * PSFT().mean("token"),
     )
-    settings = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 1, "max_steps": 2}
+    settings: dict[str, Any] = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 1, "max_steps": 2}
     return traced(sft(output / "imitated", objective, ours={"snapshot_every": 2}, **settings))
 
 

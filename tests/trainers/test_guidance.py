@@ -250,7 +250,7 @@ def test_later_rollouts_are_guided_where_earlier_ones_fail(tmp_path: Path) -> No
             assert of_group == ([0, 0, 0, 0] if solved else [0, 0, 2, 4])
             seen[int(solved)].add(int(group))
         for row in (lengths == 4).nonzero().flatten():
-            begun.append(TOKENIZER.decode(rollouts.column("token_ids")[row, :4]))
+            begun.append(str(TOKENIZER.decode(rollouts.column("token_ids")[row, :4])))
     assert set(begun) <= {EXPERT[:4], OTHER[:4]}
     assert OTHER[:4] in begun
     assert seen[0]
