@@ -88,6 +88,7 @@ KEPT = (
     "policy/entropy", "objective/loss", "objective/policy/loss", "objective/drift/loss", "completions/mean_length",
     "completions/clipped_ratio", "mismatch/k1", "mismatch/k3", "mismatch/f2", "mismatch/max_abs", "mismatch/ess_token",
     "mismatch/bucket/0.01-0.1/mean_abs", "mismatch/bucket/0.5-1/mean_abs",
+    "mismatch/bucket/0.01-0.1/share", "mismatch/bucket/0.1-0.5/share",
     "drift/initial/kl", "drift/moving/kl", "routes/own_flip_share", "routes/flip_share", "routes/k3_flipped",
     "routes/k3_agreeing", "rewards/reward/mean", "rewards/longer_is_better/mean",
     "eval/pass@1", "eval/pass@1_se", "eval/pass@8", "eval/pass@8_se", "eval/reward", "eval/reward_se",

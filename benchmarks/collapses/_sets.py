@@ -51,7 +51,9 @@ STUDIED: dict[str, Mode] = {
     **staleness.STUDIED,
 }
 """Modes that are hard to tell apart, at further strengths."""
-MODES = {**JUDGED, **STUDIED}
+STUDIED_AGAIN: dict[str, Mode] = {**engine_mismatch.STUDIED_AGAIN}
+"""What was studied after that, each mode beginning with another model."""
+MODES = {**JUDGED, **STUDIED, **STUDIED_AGAIN}
 ROUNDS, CONTROLS, FIRST_SEED = 7, 5, 100
 WARNED_OF = (
     *("staleness", "learning_rate", "gradient_spike", "stale_weights", "engine_precision"),
@@ -81,6 +83,14 @@ def _studied() -> Iterator[Setting]:
             task, hidden, layers = (("sort4", 48, 2), ("sort3", 64, 2), ("sort5", 64, 1))[turn % 3]
             at = 0 if name == control else strength
             yield Setting(mode=name, strength=at, task=task, hidden=hidden, layers=layers, seed=10 + strength)
+
+
+def _studied_again() -> Iterator[Setting]:
+    models = (("sort4", 48, 1), ("sort3", 64, 1), ("sort5", 64, 1), ("sort4", 48, 2), ("sort3", 48, 2))
+    for turn, (name, mode) in enumerate(STUDIED_AGAIN.items()):
+        for strength in range(len(mode.faults)):
+            task, hidden, layers = models[(turn + strength) % len(models)]
+            yield Setting(mode=name, strength=strength, task=task, hidden=hidden, layers=layers, seed=20 + strength)
 
 
 def _final() -> Iterator[Setting]:
@@ -116,7 +126,7 @@ def _guarded() -> Iterator[Setting]:
 
 SETS = {
     "tuning": tuple(_tuning()),
-    "studied": tuple(_studied()),
+    "studied": (*_studied(), *_studied_again()),
     "final": tuple(_final()),
     "guarded": tuple(_guarded()),
 }

@@ -29,6 +29,7 @@ CAUSES = {
     "engine_precision": "engine_precision",
     "truncated_sampling": "truncated_sampling",
     "template": "template",
+    "template_studied": "template",
     "engine_precision_studied": "engine_precision",
     "learning_rate": "learning_rate",
     "learning_rate_studied": "learning_rate",
@@ -198,6 +199,23 @@ def test_broken_weights_are_told_from_another_prompt() -> None:
     found = diagnosis("engine_precision_studied")
     assert "template" not in [claim.name for claim in found.claims]
     assert "likely ones by 2.5 nats and unlikely ones by 2" in " ".join(found.claims[0].evidence)
+
+
+def test_another_prompt_may_change_nearly_all_tokens() -> None:
+    """Broken weights hesitate; a sampler that was asked something else does not."""
+    claim = first("template_studied")
+    assert "68% of the tokens differed" in " ".join(claim.evidence)
+    steps, share = np.arange(40), {"0.5-1": 0.6, "0.1-0.5": 0.1, "0.01-0.1": 0.2}
+
+    def claimed(between: float) -> list[str]:
+        values = {"k1": 2.0, "k3": 2.0, "f2": 0.7}
+        values |= {f"bucket/{bucket}/mean_abs": 2.0 for bucket in share}
+        values |= {f"bucket/{bucket}/share": value for bucket, value in (share | {"0.1-0.5": between}).items()}
+        curves = {f"mismatch/{key}": Curve(steps, np.full(40, value)) for key, value in values.items()}
+        return [claim.name for claim in diagnose(Trace(curves=curves)).claims]
+
+    assert claimed(0.1) == ["template"]
+    assert claimed(0.2) == ["engine_precision"]
 
 
 def test_a_sampler_that_is_sure_of_other_tokens_saw_another_prompt() -> None:

@@ -12,7 +12,7 @@ NONE = 1e-3
 
 K3 = "mismatch/k3"
 MOST = 0.55
-"""Share of tokens that differ by more than a factor of 2 beyond which not the prompt alone can be another."""
+"""Share of tokens that differ by more than a factor of 2 beyond which weights that are broken come into question."""
 
 
 def differs(trace: Trace, bound: float) -> Sighting:
@@ -52,9 +52,9 @@ def differed_at_first(trace: Trace) -> Sighting:
 def another_prompt(trace: Trace) -> Sighting:
     """See whether the sampler is as sure as ever, but of other tokens.
 
-    Rounding moves likely tokens least, and other weights move nearly all of them; a model that sees another prompt
-    disagrees where it is sure, and agrees again where the completion tells what comes next. Without the disagreement by
-    probability only its size is left to look at.
+    Rounding moves likely tokens least; a model that sees another prompt disagrees where it is sure, and agrees again
+    where the completion tells what comes next. Where it does not, only its sureness is left to look at: broken weights
+    hesitate. Without the disagreement by probability only its size is left to look at.
     """
     began, share = first(trace), trace.start("mismatch/f2")
     likely, unlikely = (trace.start(f"mismatch/bucket/{bucket}/mean_abs") for bucket in ("0.5-1", "0.01-0.1"))
@@ -64,7 +64,20 @@ def another_prompt(trace: Trace) -> Sighting:
     if np.isnan(likely) or np.isnan(unlikely):
         return Sighting(began >= 1.0 and not share > MOST, says)
     says += f", likely ones by {likely:.2g} nats and unlikely ones by {unlikely:.2g}"
-    return Sighting(began > max(0.1, missing_mass(trace)) and likely > 0.9 * unlikely and not share > MOST, says)
+    differs_so = began > max(0.1, missing_mass(trace)) and likely > 0.9 * unlikely
+    if not differs_so or not share > MOST:
+        return Sighting(differs_so, says)
+    sureness = sure(trace)
+    return Sighting(sureness.holds, f"{says}; {sureness.says}")
+
+
+def sure(trace: Trace) -> Sighting:
+    """See that the sampler rarely hesitates between tokens: those of middling probability are the rarest."""
+    between, unlikely = (trace.start(f"mismatch/bucket/{bucket}/share") for bucket in ("0.1-0.5", "0.01-0.1"))
+    says = (
+        f"{between:.0%} of them had a probability of 0.1 to 0.5 at the sampler, and {unlikely:.0%} one of 0.01 to 0.1"
+    )
+    return Sighting(between < 0.75 * unlikely, says)
 
 
 def growth(trace: Trace) -> Sighting:
