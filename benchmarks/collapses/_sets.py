@@ -51,9 +51,9 @@ STUDIED: dict[str, Mode] = {
     **staleness.STUDIED,
 }
 """Modes that are hard to tell apart, at further strengths."""
-STUDIED_AGAIN: dict[str, Mode] = {**engine_mismatch.STUDIED_AGAIN}
+STUDIED_AGAIN: dict[str, Mode] = {**engine_mismatch.STUDIED_AGAIN, **learning_rate.STUDIED_AGAIN}
 """What was studied after that, each mode beginning with another model."""
-MODES = {**JUDGED, **STUDIED, **STUDIED_AGAIN}
+MODES = {**JUDGED, **STUDIED, **STUDIED_AGAIN, **learning_rate.SMALL}
 ROUNDS, CONTROLS, FIRST_SEED = 7, 5, 100
 WARNED_OF = (
     *("staleness", "learning_rate", "gradient_spike", "stale_weights", "engine_precision"),
@@ -91,6 +91,11 @@ def _studied_again() -> Iterator[Setting]:
         for strength in range(len(mode.faults)):
             task, hidden, layers = models[(turn + strength) % len(models)]
             yield Setting(mode=name, strength=strength, task=task, hidden=hidden, layers=layers, seed=20 + strength)
+    small = (("sort4", 48), ("sort3", 64), ("sort4", 80), ("sort3", 32), ("sort5", 48))
+    for strength, (task, hidden) in enumerate(small):
+        yield Setting(
+            mode="learning_rate_small", strength=strength, task=task, hidden=hidden, layers=1, seed=30 + strength
+        )
 
 
 def _final() -> Iterator[Setting]:

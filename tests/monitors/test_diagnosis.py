@@ -33,6 +33,7 @@ CAUSES = {
     "engine_precision_studied": "engine_precision",
     "learning_rate": "learning_rate",
     "learning_rate_studied": "learning_rate",
+    "learning_rate_small": "learning_rate",
     "gradient_spike": "gradient_spike",
     "gradient_spike_studied": "gradient_spike",
     "entropy": "entropy_collapse",
@@ -193,6 +194,20 @@ def test_where_most_groups_teach_nothing_a_lesson_is_no_spike() -> None:
 
     assert "gradient_spike" not in claimed(norms)
     assert "gradient_spike" in claimed(np.where(steps == 99, 50.0, norms))
+
+
+def test_a_rate_too_high_may_show_in_dips_that_the_reward_recovers_from() -> None:
+    assert "the reward dipped from 0.873 to 0.7" in first("learning_rate_small").evidence
+    metrics = read_run(RUNS / "learning_rate_small.csv").metrics
+    reward, far = (Curve(*metrics.series(key)) for key in ("train/reward", "drift/initial/kl"))
+
+    def claimed(far: Curve) -> list[str]:
+        return [
+            claim.name for claim in diagnose(Trace(curves={"train/reward": reward, "drift/initial/kl": far})).claims
+        ]
+
+    assert claimed(far) == ["learning_rate"]
+    assert claimed(far._replace(values=far.values / 2)) == []
 
 
 def test_broken_weights_are_told_from_another_prompt() -> None:

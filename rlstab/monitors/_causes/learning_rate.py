@@ -10,9 +10,11 @@ from rlstab.monitors._causes._common import (
     chosen,
     lasting_fall,
     lasting_held_out_fall,
+    no_unusual_gradient,
     slower,
 )
 from rlstab.monitors._diagnosis_data import Explanation, Sighting, Sign, Trace
+from rlstab.monitors._diagnosis_harm import moving_mean
 
 REWARD, SPREAD = "train/reward", "train/reward_std"
 NEAR = 0.1
@@ -20,16 +22,45 @@ NEAR = 0.1
 USED_UP = 0.6
 """Share of its entropy that a policy which learns does not fall to before the reward shows it."""
 
+HASTY = 0.24
+"""Nats/token from the start to which a policy that learns does not go within the first third."""
+WIDTH = 15
+"""Steps over which a dip of the reward is averaged."""
+
 
 def _falls(trace: Trace) -> Sighting:
-    """See the reward fall for good, or the held-out score while the reward of training does not rise."""
+    """See the reward fall for good, or the held-out score while that of training does not rise; or a hasty dip."""
     fall, what = lasting_fall(trace, REWARD), "reward"
     if fall is None and trace.end(REWARD) <= trace.finite(REWARD).values[0]:
         fall, what = lasting_held_out_fall(trace), "held-out score"
     if fall is None:
-        return Sighting(False, "the reward did not fall for good")
+        return _dips(trace)
     says = f"the {what} fell from {fall.best:.3g} to {fall.after:.3g}, for good, at step {fall.since}"
     return Sighting(True, says, fall.since)
+
+
+def _dips(trace: Trace) -> Sighting:
+    """See the reward lose more than noise explains, without a gradient to blame, in a policy that went far at once."""
+    steps, rewards = trace.finite(REWARD)
+    key = trace.first_of(*DRIFT.split("|"))
+    if key is None or len(rewards) < 3 * WIDTH or _early(trace, key) < HASTY or not _even(trace):
+        return Sighting(False, "the reward did not fall for good")
+    means = moving_mean(rewards, WIDTH)
+    best = np.maximum.accumulate(means)
+    at = int(np.argmax(best - means))
+    loss, error = float(best[at] - means[at]), float(np.std(np.diff(rewards))) / np.sqrt(WIDTH)
+    says = f"the reward dipped from {best[at]:.3g} to {means[at]:.3g}"
+    return Sighting(loss > max(0.15 * float(best[at]), 3 * error), says, int(steps[at + WIDTH - 1]))
+
+
+def _even(trace: Trace) -> bool:
+    return trace.first_of("train/grad_norm") is None or no_unusual_gradient(trace).holds
+
+
+def _early(trace: Trace, key: str) -> float:
+    """Return how far the policy was from its start within the first third."""
+    values = trace.finite(key).values
+    return float(values[: max(3, len(values) // 3)].max())
 
 
 def _policy_too(trace: Trace) -> Sighting | None:
@@ -42,10 +73,8 @@ def _policy_too(trace: Trace) -> Sighting | None:
 
 
 def _far(trace: Trace) -> Sighting:
-    key = chosen(trace, DRIFT)
-    values = trace.finite(key).values
-    early = float(values[: max(3, len(values) // 3)].max())
-    return Sighting(early > 0.3, f"within the first third the policy was {early:.2g} nats/token from its start")
+    early = _early(trace, chosen(trace, DRIFT))
+    return Sighting(early > HASTY, f"within the first third the policy was {early:.2g} nats/token from its start")
 
 
 def _gain(trace: Trace, step: int) -> float:
@@ -69,7 +98,10 @@ def _far_for_nothing(trace: Trace) -> Sighting | None:
 
 
 def _sure_for_nothing(trace: Trace) -> Sighting | None:
-    """See what the reward had gained when two fifths of the entropy were used up; or entropy that rises instead."""
+    """See what the reward had gained when two fifths of the entropy were used up; or entropy that rises instead.
+
+    A reward that recovers from its dips has gained, which says nothing of the rate.
+    """
     key = chosen(trace, ENTROPY)
     start, most = trace.start(key), float(trace.finite(key).values.max())
     rises = trace.lasting(key, lambda entropy: entropy > 1.4 * start)
@@ -77,7 +109,7 @@ def _sure_for_nothing(trace: Trace) -> Sighting | None:
         return Sighting(True, f"entropy rose from {start:.2g} to {most:.2g} nats/token", rises)
     low = trace.lasting(key, lambda entropy: entropy < USED_UP * start)
     gain = _gain(trace, low) if low >= 0 else np.nan
-    if np.isnan(gain):
+    if np.isnan(gain) or (gain >= 0.25 and lasting_fall(trace, REWARD) is None):
         return None
     says = f"when entropy was down to {USED_UP:.0%}, the reward had gained {gain:.2g} standard deviations"
     return Sighting(gain < 0.25, says, low)
@@ -88,7 +120,7 @@ def _restless(trace: Trace) -> Sighting | None:
     values = trace.finite(chosen(trace, DRIFT)).values
     if len(values) < 5:
         return None
-    jump = float(np.median(np.abs(np.diff(values))))
+    jump = float(np.mean(np.abs(np.diff(values))))
     return Sighting(jump > 0.08, f"between two measurements the distance from the start changes by {jump:.2g} nats")
 
 
