@@ -51,7 +51,12 @@ STUDIED: dict[str, Mode] = {
     **staleness.STUDIED,
 }
 """Modes that are hard to tell apart, at further strengths."""
-STUDIED_AGAIN: dict[str, Mode] = {**engine_mismatch.STUDIED_AGAIN, **learning_rate.STUDIED_AGAIN}
+STUDIED_AGAIN: dict[str, Mode] = {
+    **engine_mismatch.STUDIED_AGAIN,
+    **learning_rate.STUDIED_AGAIN,
+    **stale_weights.STUDIED_AGAIN,
+    **staleness.STUDIED_AGAIN,
+}
 """What was studied after that, each mode beginning with another model."""
 MODES = {**JUDGED, **STUDIED, **STUDIED_AGAIN, **learning_rate.SMALL}
 ROUNDS, CONTROLS, FIRST_SEED = 7, 5, 100

@@ -8,3 +8,4 @@ def never(learning_rate: float) -> Fault:
 
 
 MODES = {"stale_weights": Mode(cause="stale_weights", faults=[never(5e-5), never(2.5e-4), never(3.5e-4), never(5e-4)])}
+STUDIED_AGAIN = {"stale_weights_studied": Mode(cause="stale_weights", faults=[never(2e-4), never(4.5e-4)])}

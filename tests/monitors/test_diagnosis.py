@@ -210,6 +210,20 @@ def test_a_rate_too_high_may_show_in_dips_that_the_reward_recovers_from() -> Non
     assert claimed(far._replace(values=far.values / 2)) == []
 
 
+def test_a_lag_behind_ever_larger_steps_is_not_taken_for_weights_that_never_come() -> None:
+    steps = np.arange(100)
+    grows = np.where(steps == 0, 0.0, 0.06 * 1.03**steps)
+
+    def claimed(reward: np.ndarray, start: float) -> list[str]:
+        values = {"mismatch/k1": grows, "mismatch/k3": grows, "train/reward": reward, "drift/initial/kl": start * grows}
+        curves = {key: Curve(steps, value) for key, value in values.items()}
+        return [claim.name for claim in diagnose(Trace(curves=curves)).claims]
+
+    learns, same = np.linspace(0.3, 0.9, 100), np.full(100, 0.3)
+    assert claimed(learns, 4.0) == ["staleness"]
+    assert claimed(same, 1.0) == ["stale_weights"]
+
+
 def test_broken_weights_are_told_from_another_prompt() -> None:
     found = diagnosis("engine_precision_studied")
     assert "template" not in [claim.name for claim in found.claims]

@@ -81,10 +81,18 @@ def sure(trace: Trace) -> Sighting:
 
 
 def growth(trace: Trace) -> Sighting:
-    """See whether k1 goes on growing through the run; a constant lag would level off."""
+    """See whether k1 goes on growing; a constant lag would level off, or grow with the steps of a policy it follows."""
     early, late = trace.part("mismatch/k1", 0.2, 0.4), trace.part("mismatch/k1", 0.67, 1.0)
     says = f"k1 was {early:.2g} in the second fifth of the run and {late:.2g} in its last third"
-    return Sighting(late > 2.2 * early > 0, says)
+    grows, behind = late > 2.2 * early > 0, follows(trace)
+    return Sighting(grows and not behind, f"{says}, yet the sampler follows" if grows and behind else says)
+
+
+def follows(trace: Trace) -> bool:
+    """Whether what is sampled changes, and is nearer to the policy than the start is."""
+    if trace.first_of("train/reward") is None or trace.first_of("drift/initial/kl") is None:
+        return False
+    return sampled_reward_moves(trace).holds and trace.end("mismatch/k1") < 0.4 * trace.end("drift/initial/kl")
 
 
 def missing_mass(trace: Trace) -> float:
