@@ -3,7 +3,6 @@
 import importlib
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from running import output_of
 
 from rlstab.record import RunFolder
 
@@ -43,9 +43,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for mode in ("healthy", "staleness", "nan_forward"):
         write(place, mode=mode)
     target, picture = place / "out.json", place / "out.png"
-    command = [sys.executable, str(SCRIPT), "judge", str(place), "--json", str(target), "--plot", str(picture)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parents[1], check=False)
-    assert done.returncode == 0, done.stderr
+    output_of("benchmarks/early_warning.py", "judge", place, "--json", target, "--plot", picture)
     assert picture.stat().st_size > 10_000
     found: dict[str, Any] = json.loads(target.read_text())
     return found

@@ -1,29 +1,21 @@
 """The benchmark of gradient noise runs, its two forms agree in the mean, and it writes figures and a plot."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gradient_noise.py"
+from running import output_of
 
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where figures and plot of a short run are."""
     folder = tmp_path_factory.mktemp("benchmark")
-    command = [sys.executable, str(SCRIPT), "--json", str(folder / "figures.json"), "--plot", str(folder / "plot.png")]
-    command += ["--batches", "5", "--seeds", "1", "--updates", "5", "--warm-up", "20"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=SCRIPT.parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr
-    assert "updates to 25% of the start" in done.stdout
+    files: list[str | Path] = ["--json", folder / "figures.json", "--plot", folder / "plot.png"]
+    sizes = ["--batches", "5", "--seeds", "1", "--updates", "5", "--warm-up", "20"]
+    assert "updates to 25% of the start" in output_of("benchmarks/gradient_noise.py", *files, *sizes)
     return folder
 
 

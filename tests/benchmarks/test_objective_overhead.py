@@ -1,28 +1,22 @@
 """The benchmark of the objective's cost runs, compares equal losses, and writes figures that add up."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from running import output_of
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "objective_overhead.py"
 CASES = ("grpo", "vespo", "dapo, beta", "dapo, sampler correction", "five terms")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     file = tmp_path_factory.mktemp("benchmark") / "figures.json"
-    command = [sys.executable, str(SCRIPT), "--json", str(file), "--seconds", "0.2", "--processes", "1"]
-    command += ["--shapes", "8x6", "--cases", *CASES]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=SCRIPT.parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr
-    assert "rlstab / host" in done.stdout
+    sizes = ["--seconds", "0.2", "--processes", "1", "--shapes", "8x6"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+        text = output_of("benchmarks/objective_overhead.py", "--json", file, *sizes, "--cases", *CASES)
+    assert "rlstab / host" in text
     figures: dict[str, Any] = json.loads(file.read_text())
     return figures
 

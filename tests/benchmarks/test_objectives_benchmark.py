@@ -1,13 +1,11 @@
 """The benchmark of objectives runs what is not there yet, keeps its runs, and writes figures."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "objectives.py"
+from running import output_of
+
 SMALLEST = ["--seeds", "1", "--steps", "2", "--rows", "16", "--warm-up", "2"]
 KEPT = {
     "demonstrations": {"none", "SFT", "DFT"},
@@ -21,25 +19,9 @@ def test_runs_are_kept_and_told(tmp_path: Path) -> None:
     for suite, arms in KEPT.items():
         for arm in arms:
             (tmp_path / f"{suite}-{arm}-2-16-2-0.json".replace(" ", "_")).write_text(json.dumps(before))
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        "--runs",
-        str(tmp_path),
-        "--json",
-        str(tmp_path / "figures.json"),
-        *SMALLEST,
-    ]
-    done = subprocess.run(
-        [*command, "--suites", *KEPT],
-        capture_output=True,
-        text=True,
-        cwd=SCRIPT.parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    figures: dict[str, Any] = json.loads((tmp_path / "figures.json").read_text())
+    file = tmp_path / "figures.json"
+    output_of("benchmarks/objectives.py", "--runs", tmp_path, "--json", file, *SMALLEST, "--suites", *KEPT)
+    figures: dict[str, Any] = json.loads(file.read_text())
     for suite, arms in KEPT.items():
         assert figures[suite].keys() == {*arms, MADE[suite]}
         assert all(figures[suite][arm]["0"] == before for arm in arms)

@@ -1,28 +1,11 @@
 """Every example runs, and prints what it promises."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-
-
-def output_of(name: str, *arguments: str) -> str:
-    run = subprocess.run(
-        [sys.executable, "-W", "error:::rlstab", EXAMPLES / name, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    return run.stdout
+from running import output_of
 
 
 def test_compose_a_loss() -> None:
-    text = output_of("compose_a_loss.py")
+    text = output_of("examples/compose_a_loss.py")
     assert "LogProbs(source='sampler')" in text
     assert all(f"  {name} " in text for name in ("policy", "drift", "floor"))
     assert "gradient of each token" in text
@@ -36,12 +19,12 @@ def test_compose_a_loss() -> None:
     ],
 )
 def test_training_examples(name: str, expected: tuple[str, ...]) -> None:
-    text = output_of(name, "2")
+    text = output_of(f"examples/{name}", "2")
     assert all(part in text for part in expected), text
 
 
 def test_watch_any_trainer() -> None:
-    text = output_of("watch_any_trainer.py")
+    text = output_of("examples/watch_any_trainer.py")
     lines = [line for line in text.splitlines() if line.startswith(("step ", "loss "))]
     assert lines[:3] == [f"step 21: {kind}" for kind in ("alarm", "step_skipped", "rolled_back")]
     start, end = (float(part.split()[0]) for part in lines[-1].removeprefix("loss ").split(", "))

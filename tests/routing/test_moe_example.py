@@ -1,31 +1,14 @@
 """The example and the benchmark of routing run, and print what they promise."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from running import ROOT, output_of
 
 from rlstab.models import tiny_moe, tiny_tokenizer
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def output_of(script: str, *arguments: str) -> str:
-    run = subprocess.run(
-        [sys.executable, "-W", "error:::rlstab", ROOT / script, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    return run.stdout
 
 
 def test_example() -> None:
