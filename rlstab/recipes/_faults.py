@@ -106,7 +106,10 @@ def _class_fault(path: str, spec: Mapping[str, Any], base: Any) -> str:
         return f"{path}: {target}"
     if inspect.isabstract(target):
         return f"{path}: expected class_path, {expected(base)}; got {spec!r}"
-    return _argument_fault(path, target, arguments) or f"{path}: {' '.join(str(_refusal(spec, base)).split())}"
+    if fault := _argument_fault(path, target, arguments):
+        return fault
+    refusal = " ".join(str(_refusal(spec, base)).split())
+    return refusal if refusal.startswith(path) else f"{path}: {refusal}"
 
 
 def _argument_fault(path: str, target: Callable[..., Any], arguments: Mapping[str, Any]) -> str | None:

@@ -123,8 +123,8 @@ def _conclude(folder: RunFolder, interrupted: bool, console: Console) -> None:
     """Write the report, and say what is where and how to go on."""
     write_plots(folder)
     write_report(folder)
+    checkpoint = latest_checkpoint(folder.checkpoints)
     if interrupted:
-        checkpoint = latest_checkpoint(folder.checkpoints)
         state = (
             f"{checkpoint} holds the state" if checkpoint else "no checkpoint was reached, a resumed run starts anew"
         )
@@ -135,7 +135,8 @@ def _conclude(folder: RunFolder, interrupted: bool, console: Console) -> None:
     print_summary(folder, console)
     console.print(f"report:      {folder.report}", highlight=False, soft_wrap=True)
     console.print(f"plots:       {folder.plots}", highlight=False, soft_wrap=True)
-    console.print(f"checkpoint:  {latest_checkpoint(folder.checkpoints)}", highlight=False, soft_wrap=True)
+    if checkpoint is not None:
+        console.print(f"checkpoint:  {checkpoint}", highlight=False, soft_wrap=True)
 
 
 class _Run:

@@ -66,11 +66,10 @@ class Supervised:
     snapshot_every: int = 8
 
     def __post_init__(self) -> None:
-        if not 0 <= self.noise <= 1 or self.snapshot_every < 1:
-            raise RecipeError(
-                "supervised: expected noise from 0 to 1 and snapshot_every of at least 1, got "
-                f"{self.noise} and {self.snapshot_every}"
-            )
+        if not 0 <= self.noise <= 1:
+            raise RecipeError(f"supervised.noise: expected a share from 0 to 1, got {self.noise}")
+        if self.snapshot_every < 1:
+            raise RecipeError(f"supervised.snapshot_every: expected at least 1, got {self.snapshot_every}")
 
 
 def refuse_rollouts(recipe: "Recipe") -> None:

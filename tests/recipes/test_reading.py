@@ -274,7 +274,7 @@ MISTAKES = {
     "task.digits=99": ("task: SortDigits: digits 99; expected between 2 and 12",),
     "adapter.rank=0": ("adapter: LoRA.rank: expected at least 1, got 0",),
     "evaluation.ks=[1, 16]": ("evaluation: HeldOut.ks: expected each from 1 to samples (8), got (1, 16)",),
-    "signals.drift_every=0": ("signals: signals.drift_every: expected at least 1, got 0",),
+    "signals.drift_every=0": ("signals.drift_every: expected at least 1, got 0",),
     "prompts=0": ("prompts: expected at least 1, got 0",),
     "threads=0": ("threads: expected at least 1, or null, got 0",),
 }
