@@ -122,11 +122,7 @@ class KL(Term):
         check_choice("KL.estimator", self.estimator, ("k1", "k2", "k3"))
         check_choice("KL.weight", self.weight, ("none", "detached", "differentiable"))
         check_part("KL.ratio", self.ratio, Ratio, "TokenRatio()")
-        if self.estimator == "k1" and self.weight != "differentiable":
-            raise ConfigError(
-                f"KL(estimator='k1', weight={self.weight!r}) has an expected gradient of zero: use "
-                "weight='differentiable', or ReverseKL()"
-            )
+        _check_gradient(self.estimator, self.weight)
 
     @property
     def requires(self) -> frozenset[Requirement]:
@@ -160,3 +156,11 @@ class KL(Term):
         total = value.sum()  # outside the loss it is 0, as the log-probs are
         metrics: dict[str, Metric] = {"kl": Sum(total, batch.tokens), "overflow": overflow(value, total, batch)}
         return Loss(torch.addcmul(value, slope, logp - logp.detach()), metrics)
+
+
+def _check_gradient(estimator: Estimator, weight: str) -> None:
+    if estimator == "k1" and weight != "differentiable":
+        raise ConfigError(
+            f"KL(estimator='k1', weight={weight!r}) has an expected gradient of zero: use "
+            "weight='differentiable', or ReverseKL()"
+        )

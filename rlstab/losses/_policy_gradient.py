@@ -1,6 +1,7 @@
 """Surrogates without a clip: REINFORCE, the plain importance-weighted loss, VESPO, A*-PO."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -146,17 +147,11 @@ class VESPO(RatioSurrogate):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._token_ratio_only()
-        if self.correction is not None:
-            check_part("VESPO.correction", self.correction, SamplerCorrection, "TruncatedIS(max=2.0)")
+        _check_correction(self.correction, self.weights)
         for name in ("k_pos", "k_neg"):
             check_range(f"VESPO.{name}", self.__dict__[name], 0)
         for name in ("lambda_pos", "lambda_neg"):
             check_positive(f"VESPO.{name}", self.__dict__[name])
-        outside = [type(w).__name__ for w in self.weights if isinstance(w, SamplerCorrection)]
-        if outside:
-            raise CompositionError(
-                f"VESPO.weights: {outside[0]} is part of the sequence's weight here: pass correction={outside[0]}(...)"
-            )
 
     @property
     def scored_by(self) -> tuple[str, ...]:
@@ -186,18 +181,21 @@ class VESPO(RatioSurrogate):
             log_rho = rho.log().clamp(*_LOG_WEIGHT_RANGE)
             log_weight = log_weight + (log_rho * mask_like(log_rho, batch.token_weight)).sum(-1, keepdim=True)
         advantages = batch.token_advantages()
-        phi = vespo_weight(
-            log_weight,
-            advantages,
-            k_pos=self.k_pos,
-            lambda_pos=self.lambda_pos,
-            k_neg=self.k_neg,
-            lambda_neg=self.lambda_neg,
-        )
+        shape = {"k_pos": self.k_pos, "lambda_pos": self.lambda_pos, "k_neg": self.k_neg, "lambda_neg": self.lambda_neg}
+        phi = vespo_weight(log_weight, advantages, **shape)
         loss = phi * -advantages * leave_out(batch.logp("policy"), batch, "policy")
-        metrics["phi"] = token_mean(phi, batch)
-        metrics["ratio_max"] = ratio_max(ratio_of(log_weight), batch)
+        metrics |= {"phi": token_mean(phi, batch), "ratio_max": ratio_max(ratio_of(log_weight), batch)}
         return loss if self.correction is None else self.correction.drop_unscored(loss, batch), metrics
+
+
+def _check_correction(correction: SamplerCorrection | None, weights: Sequence[object]) -> None:
+    if correction is not None:
+        check_part("VESPO.correction", correction, SamplerCorrection, "TruncatedIS(max=2.0)")
+    outside = [type(weight).__name__ for weight in weights if isinstance(weight, SamplerCorrection)]
+    if outside:
+        raise CompositionError(
+            f"VESPO.weights: {outside[0]} is part of the sequence's weight here: pass correction={outside[0]}(...)"
+        )
 
 
 def optimal_value(rewards: Float[Tensor, "N n"], *, beta: float) -> Float[Tensor, "N"]:

@@ -155,9 +155,7 @@ class RPG(RatioSurrogate):
             coefficient = torch.where(stopped, 0.0, coefficient)
         if self.form == "reinforce":
             return -coefficient * scored_logp(batch, "policy"), found
-        if not self.clip:
-            return self.beta * penalty - ratio * advantages, found
-        if not joint:
-            return clipped_surrogate(ratio, advantages, **bounds) + self.beta * penalty, found
-        pulled = advantages - self.beta * (log_ratio.detach() + float(self.normalised))  # A + C/w, as if it were given
-        return clipped_surrogate(ratio, pulled, **bounds), found
+        if pulled := self.clip and joint:
+            advantages = advantages - self.beta * (log_ratio.detach() + self.normalised)  # A + C/w, as if it were given
+        loss = clipped_surrogate(ratio, advantages, **bounds) if self.clip else -ratio * advantages
+        return loss if pulled else loss + self.beta * penalty, found
