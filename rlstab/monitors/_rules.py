@@ -141,22 +141,17 @@ def default_rules(*, act: bool = False) -> tuple[Rule, ...]:
 
 def _of_numbers(skip: Action, back: Action) -> Sequence[Rule]:
     norm = Spike(scale="log", floor=1e-6, least_spread=0.1)
+    broken = Rule(
+        signal="step/bad_gradients",
+        detector=Level(above=0.0, steps=1),
+        severity="critical",
+        action=skip,
+        cause="numerics",
+    )
     return (
         Rule(signal="step/loss", detector=NonFinite(), severity="critical", action=skip, cause="numerics"),
-        Rule(
-            signal="step/bad_gradients",
-            detector=Level(above=0.0, steps=1),
-            severity="critical",
-            action=skip,
-            cause="numerics",
-        ),
-        Rule(
-            signal="step/bad_gradients",
-            detector=Level(above=0.0, steps=5),
-            severity="critical",
-            action=back,
-            cause="numerics",
-        ),
+        broken,
+        replace(broken, detector=Level(above=0.0, steps=5), action=back),
         Rule(signal="train/grad_norm", detector=NonFinite(), severity="critical", cause="numerics"),
         Rule(signal="train/grad_norm", detector=norm, action=skip, cause="optimisation"),
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlstab.batch import COLUMNS, Count, TokenBatch
+from rlstab.trainers._under import under
 
 __all__ = ["MODEL_KEYS", "completion_masks", "gather_batch", "model_inputs", "token_batch"]
 
@@ -81,7 +82,7 @@ def token_batch(
         truncated=inputs.get("rlstab_truncated"),
         token_ids=inputs["completion_ids"],
         vocab=vocab or {},
-        parts={key.removeprefix(PART): value for key, value in inputs.items() if key.startswith(PART)},
+        parts=under(PART, inputs),
         counts=counts or {},
         router_log_ratios=router_log_ratios,
         zeroed=zeroed,

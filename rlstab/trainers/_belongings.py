@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from rlstab.trainers._grpo import StableGRPOTrainer
 from rlstab.trainers._guard import Snapshot
 from rlstab.trainers._sft import TrustRegionSFTTrainer
 from rlstab.trainers._taps import local
+from rlstab.trainers._under import under
 
 __all__ = ["belongings_of", "put_back"]
 
@@ -50,11 +50,7 @@ def put_back(trainer: Any, snapshot: Snapshot) -> None:
     if isinstance(trainer, TrustRegionSFTTrainer):
         trainer.objective.load_state_dict(values["objective"])
         for source, policy in trainer._snapshots.items():
-            policy.load_state_dict(_of(source, tensors))
-
-
-def _of(source: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{source}/"): t for name, t in tensors.items() if name.startswith(f"{source}/")}
+            policy.load_state_dict(under(f"{source}/", tensors))
 
 
 def _copied(tensor: Tensor) -> Tensor:

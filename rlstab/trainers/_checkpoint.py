@@ -17,6 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from rlstab.errors import ConfigError, RecordError
 from rlstab.trainers._host import RepeatSampler
+from rlstab.trainers._under import under
 
 __all__ = [
     "EpochStart",
@@ -232,15 +233,11 @@ def restore(trainer: Any, checkpoint: str) -> None:
         trainer._reset.load_state_dict(state.values["reset"])
     for key, numbers in state.values["metrics"].items():
         trainer._metrics["train"][key] = list(numbers)
-    trainer._references.load_state_dict(_under(REFERENCES, state.tensors), trainer.accelerator)
-    trainer._drift.load_state_dict(_under(MOVED, state.tensors))
+    trainer._references.load_state_dict(under(REFERENCES, state.tensors), trainer.accelerator)
+    trainer._drift.load_state_dict(under(MOVED, state.tensors))
     if "sampler/now" in state.tensors:
         epoch_ended = float(trainer.state.epoch).is_integer()
         trainer._sampler.generator.set_state(state.tensors["sampler/now" if epoch_ended else "sampler/epoch_start"])
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 class EpochStart(TrainerCallback):

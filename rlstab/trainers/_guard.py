@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from rlstab.errors import ConfigError
 from rlstab.trainers._taps import local
+from rlstab.trainers._under import under
 
 __all__ = ["Guard", "Snapshot", "restore", "take"]
 
@@ -97,7 +98,7 @@ class Snapshot:
     @property
     def beside(self) -> dict[str, Tensor]:
         """The tensors that the caller of `take` added."""
-        return _under("beside/", self.tensors)
+        return under("beside/", self.tensors)
 
     @property
     def scores(self) -> dict[str, float]:
@@ -155,11 +156,7 @@ def restore(snapshot: Snapshot, model: nn.Module, optimizer: Optimizer, schedule
     for group, saved in zip(optimizer.param_groups, values["groups"], strict=True):
         group.update({key: tuple(v) if isinstance(group.get(key), tuple) else v for key, v in saved.items()})
     scheduler.load_state_dict(values["scheduler"])
-    _set_generators(values["python"], _under("generator/", tensors))
-
-
-def _under(prefix: str, named: Mapping[str, Any]) -> dict[str, Any]:
-    return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
+    _set_generators(values["python"], under("generator/", tensors))
 
 
 def _state_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -181,7 +178,7 @@ def _moments(optimizer: Optimizer) -> Iterator[tuple[str, str, Any]]:
 
 def _restore_moments(optimizer: Optimizer, saved: Mapping[str, Any], devices: Mapping[str, str]) -> None:
     by_place: dict[str, dict[str, Any]] = {}
-    for name, value in _under("moments/", saved).items():
+    for name, value in under("moments/", saved).items():
         place, key = name.rsplit("/", 1)
         by_place.setdefault(place, {})[key] = value
     for place, parameter in _places(optimizer):

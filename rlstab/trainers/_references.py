@@ -24,6 +24,7 @@ from rlstab.trainers._host import (
 )
 from rlstab.trainers._snapshots import Snapshots
 from rlstab.trainers._teacher import TeacherServer
+from rlstab.trainers._under import under
 
 __all__ = ["OWN", "References", "Teacher"]
 
@@ -171,7 +172,7 @@ class References:
     def load_state_dict(self, state: dict[str, Tensor], accelerator: Any) -> None:
         """Put the references that have moved back to where the checkpoint left them."""
         if "moving" in self._models:
-            moving = {key.removeprefix("moving/"): value for key, value in state.items() if key.startswith("moving/")}
+            moving = under("moving/", state)
             accelerator.unwrap_model(self._models["moving"]).load_state_dict(moving, strict=False)
         self.snapshots.load_state_dict(state)
 

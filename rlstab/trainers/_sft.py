@@ -24,6 +24,7 @@ from rlstab.trainers._sft_pass import SupervisedPass
 from rlstab.trainers._sft_rows import DemonstrationRows
 from rlstab.trainers._sft_snapshot import Snapshot
 from rlstab.trainers._skip import leave_out_infinite
+from rlstab.trainers._under import under
 
 __all__ = ["TrustRegionSFTTrainer"]
 
@@ -235,5 +236,5 @@ class TrustRegionSFTTrainer(SFTTrainer):
                 f"{checkpoint} holds no snapshot {missing[0]!r}: resume with the objective that was saved"
             )
         for source in saved & set(self._snapshots):
-            own = {k.removeprefix(f"{source}/"): v for k, v in state.tensors.items() if k.startswith(f"{source}/")}
+            own = under(f"{source}/", state.tensors)
             self._snapshots[source].load_state_dict(own)
