@@ -9,8 +9,9 @@ means that the engine is faster; beside it stands the ratio of the backend again
 Time is CPU time, which equals wall time where one thread has a core to itself, and bears other work on the machine.
 
 With vLLM installed, `VLLMEngine` is compared with `vllm.LLM` itself on the same requests (log-probs asked of both), and
-`VLLMServerEngine` with a bare client of the same server, which posts each request to `/v1/completions` and reads tokens
-and log-probs, in wall time. The time of a weight sync is noted for both. Numbers are printed and written as they come.
+`VLLMServerEngine` with a bare client of the same server, in wall time: it posts each request on its own to vLLM's route
+of tokens, `/inference/v1/generate`, which makes no text, and reads tokens and log-probs. The time of a weight sync is
+noted for both. Numbers are printed and written as they come.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -159,24 +161,31 @@ def compare_vllm(tokenizer: PreTrainedTokenizerFast, rounds: int) -> Iterator[Ro
         yield "vllm, weight sync", time_of_a_sync(engine, model)
 
 
-async def bare_client(url: str, name: str, requests: Sequence[Request]) -> int:
-    """All requests at once, each a call of its own."""
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=BATCH)) as client:
+class BareClient:
+    """A client that keeps its connections: all requests at once, each a call of its own."""
 
-        async def complete(request: Request) -> int:
-            asked = {
-                "model": name,
-                "prompt": list(request.prompt_ids),
-                "max_tokens": request.max_new_tokens,
-                "ignore_eos": True,
-                "logprobs": 0,
-                "return_token_ids": True,
-            }
-            (choice,) = (await client.post("/v1/completions", json=asked)).json()["choices"]
-            assert len(choice["logprobs"]["token_logprobs"]) == len(choice["token_ids"])
-            return len(choice["token_ids"])
+    def __init__(self, url: str) -> None:
+        self._runner = asyncio.Runner()
+        limits = httpx.Limits(max_connections=BATCH, keepalive_expiry=2.0)  # the server closes idle ones after 5 s
+        self._http = httpx.AsyncClient(base_url=url, timeout=600, limits=limits)
 
-        return sum(await asyncio.gather(*map(complete, requests)))
+    def generate(self, requests: Sequence[Request]) -> int:
+        return self._runner.run(self._generate(requests))
+
+    async def _generate(self, requests: Sequence[Request]) -> int:
+        return sum(await asyncio.gather(*map(self._complete, requests)))
+
+    async def _complete(self, request: Request) -> int:
+        sampling = {"max_tokens": request.max_new_tokens, "ignore_eos": True, "logprobs": 0, "detokenize": False}
+        call = {"token_ids": list(request.prompt_ids), "sampling_params": sampling}
+        answer = await self._http.post("/inference/v1/generate", json=call)
+        (choice,) = answer.raise_for_status().json()["choices"]
+        assert len(choice["logprobs"]["content"]) == len(choice["token_ids"])
+        return len(choice["token_ids"])
+
+    def close(self) -> None:
+        self._runner.run(self._http.aclose())
+        self._runner.close()
 
 
 def compare_server(tokenizer: PreTrainedTokenizerFast, rounds: int) -> Iterator[Row]:
@@ -185,7 +194,7 @@ def compare_server(tokenizer: PreTrainedTokenizerFast, rounds: int) -> Iterator[
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        arguments = {"max_model_len": 256, "kv_cache_memory_bytes": 1 << 27}
+        arguments = {"max_model_len": 256, "kv_cache_memory_bytes": 1 << 27, "enable_scale_out": True}
         with (
             ServerProcess(folder, arguments=arguments) as server,
             VLLMServerEngine(model, tokenizer, url=server.url) as engine,
@@ -193,13 +202,10 @@ def compare_server(tokenizer: PreTrainedTokenizerFast, rounds: int) -> Iterator[
             for name, case in CASES.items():
                 requests = requests_of(*case)
                 ours = partial(engine_generate, engine, requests)
-                bare = partial(client_generate, server.url, folder, requests)
-                yield f"server, {name}", compare(ours, bare, rounds, clock=time.perf_counter)
+                with closing(BareClient(server.url)) as bare:
+                    row = compare(ours, partial(bare.generate, requests), rounds, clock=time.perf_counter)
+                yield f"server, {name}", row
             yield "server, weight sync", time_of_a_sync(engine, model)
-
-
-def client_generate(url: str, name: str, requests: Sequence[Request]) -> int:
-    return asyncio.run(bare_client(url, name, requests))
 
 
 def time_of_a_sync(engine: Engine, model: PreTrainedModel) -> dict[str, float]:
