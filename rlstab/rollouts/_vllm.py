@@ -64,7 +64,8 @@ class VLLMEngine(NamedEngine):
         arguments: arguments of vLLM's engine, which go before all defaults.
         kept_limit: most tokens recorded per position for `truncation="renormalise"` without `top_k`.
         routes: return the experts that every token went to, for a mixture of experts: through vLLM's own flag where it
-            takes that, else recorded by the engine, eagerly and without vLLM's cache of prefixes.
+            takes that, else recorded by the engine, eagerly and without vLLM's cache of prefixes. The flag needs CUDA:
+            how its arrays are read is tested, a run with it is not; `rlstab check` or `routes/agreement` shows.
         repair: bring vLLM's CPU backend up to date after each sync. Off only to see what happens without.
         name: id of the engine in rollouts and events.
 

@@ -36,7 +36,8 @@ RoutesOf = Callable[[int, Completion], Awaitable[Tensor | None]]
 def route_settings(owner: str, settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of vLLM with which routes come back.
 
-    vLLM's own flag is taken wherever vLLM takes it: not on a CPU, nor with its model runner V1.
+    vLLM's own flag is taken wherever vLLM takes it: not on a CPU, nor with its model runner V1. It has not been run by
+    our tests, which have no GPU, so taking it is logged.
 
     Args:
         owner: whose settings they are, for the error.
@@ -48,6 +49,12 @@ def route_settings(owner: str, settings: Mapping[str, Any], given: Mapping[str, 
     """
     native = {**settings, "enable_prefix_caching": True, NATIVE: True}
     if given.get("enable_prefix_caching", True) and _accepted(native):
+        logger.warning(
+            "%s: routes come from vLLM's own %s, of which the reading of its arrays is tested and no run on a GPU: "
+            "routes/agreement must be near 1",
+            owner,
+            NATIVE,
+        )
         return native
     for key, needed in RECORDED.items():
         if given.get(key, needed) != needed:
