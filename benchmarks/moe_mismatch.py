@@ -1,12 +1,22 @@
 """Mixtures of experts: distance of trainer and engine with and without replay of the engine's routes, and its cost.
 
-    python benchmarks/moe_mismatch.py [--parts static rl cost] [--seeds N] [--json FILE] [--plot FILE]
+    python benchmarks/moe_mismatch.py [--parts static rl cost] [--models gentle recipe] [--seeds N] [--json FILE]
+                                      [--plot FILE]
 
-A tiny model (8 experts, 2 per token, 2 layers) is warmed up to sort six digits; `static` also has one whose head is not
-tied to the embedding and whose experts are half as wide. The engine is disturbed while it samples: router or weights in
-fewer bits, or noise on the router's logits. `static` scores the samples once with the trainer's own choices and once
-along the engine's routes. `rl` trains with strong router noise, with and without `replay="R3"`. `cost` times sampling
-with and without recording, and whole steps with and without replay, in turn; its clock is the CPU time of the process.
+A tiny model (8 experts, 2 per token, 2 layers, 64 wide) is warmed up to sort six digits. There are two: `recipe` is the
+Qwen3 MoE of the embedded recipes with their warm-up (tied head, experts 64 wide, steps of 4e-3 on 64 demonstrations),
+`gentle` a Mixtral with a head of its own and experts 32 wide (steps of 2e-3 on 128 demonstrations).
+
+The engine is disturbed while it samples: router or weights in fewer bits, or noise on the router's logits. "Blocks in
+fp8" rounds the matrices of attention, routers and experts and leaves embedding, head and norms, as engines do. `static`
+scores the samples once with the trainer's own choices and once along the engine's routes. What is left under replay is
+not routing: rounding of weights and gate values, which no choice of experts undoes, so 1/factor is its share of k3.
+Beside it stand the shares of k3 on the tokens that a flipped pair reaches (their own, or of a token before) and on the
+one worst token: where the latter is large, a seed's factor is that of its worst token.
+
+`rl` trains with strong router noise, with and without `replay="R3"`. `cost` times sampling with and without recording,
+and whole steps with and without replay, in turn, by the CPU time of the process, and what it takes to pad the routes of
+a million tokens (48 layers, 8 of 128 experts) and cut them into rows, as every batch does.
 """
 
 from __future__ import annotations
@@ -21,9 +31,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 import transformers
@@ -33,7 +44,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from rlstab.losses import Objective, presets
@@ -47,7 +58,14 @@ from rlstab.trainers import GRPOConfig, Signals, StableGRPOTrainer
 
 TASK = SortDigits(digits=6)
 COST_MODEL = TinyModel(hidden=256, layers=4, heads=4, experts=8)
-RATES = {"tied": 4e-3, "own": 2e-3}  # learning rates of the warm-up
+MODELS = {
+    "gentle": WarmUp(learning_rate=2e-3, batch_size=128),
+    "recipe": WarmUp(learning_rate=4e-3, batch_size=64),
+}
+SHARED = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"),
+)
 Disturbance = Callable[[nn.Module], contextlib.AbstractContextManager[None]]
 
 
@@ -84,9 +102,12 @@ def _changed(forward: Callable[..., Any], mode: RouterLogits, hidden: Tensor) ->
 
 @contextmanager
 @torch.no_grad()
-def weights_in(model: nn.Module, *, rounded: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Round the weights while the block runs."""
-    exact = {parameter: parameter.detach().clone() for parameter in model.parameters()}
+def weights_in(
+    model: nn.Module, *, rounded: Callable[[Tensor], Tensor], matrices: Literal["all", "blocks"] = "all"
+) -> Iterator[None]:
+    """Round the weights while the block runs: all of them, or the matrices of the decoder's blocks."""
+    chosen = [p for name, p in model.named_parameters() if matrices == "all" or (p.dim() > 1 and ".layers." in name)]
+    exact = {parameter: parameter.detach().clone() for parameter in chosen}
     for parameter in exact:
         parameter.copy_(rounded(parameter))
     try:
@@ -117,7 +138,8 @@ DISTURBANCES: dict[str, Disturbance] = {
     "router's inputs in bf16": partial(routers_that, change=lambda hidden, weight: bf16(hidden) @ bf16(weight).T),
     "router in bf16": partial(routers_that, change=lambda hidden, weight: bf16(bf16(hidden) @ bf16(weight).T)),
     "weights in bf16": partial(weights_in, rounded=bf16),
-    "weights in fp8": partial(weights_in, rounded=fp8),
+    "all weights in fp8": partial(weights_in, rounded=fp8),
+    "blocks in fp8": partial(weights_in, rounded=fp8, matrices="blocks"),
     "router noise 0.01": noise(0.01),
     "router noise 0.1": noise(0.1),
     "router noise 0.3": noise(0.3),
@@ -156,30 +178,29 @@ class DisturbedEngine(Engine):
         self._engine.close()
 
 
-def warmed(seed: int, steps: int, head: str = "tied") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model that has seen demonstrations of which 70 % have one wrong digit.
-
-    Its head is tied to the embedding, as in the recipes, or it is of its own and the experts are half as wide.
-    """
+def warmed(seed: int, steps: int, name: str = "recipe") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model that has seen demonstrations of which 70 % have one wrong digit."""
     with isolated_rng(seed):
         model, tokenizer = TinyModel(experts=8).load(TASK, seed=seed)
-        if head == "own":
-            config = model.config.to_dict() | {"tie_word_embeddings": False, "moe_intermediate_size": 32}
-            model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**config))
-        warm_up(model, tokenizer, TASK, WarmUp(steps=steps, learning_rate=RATES[head]))
+        if name == "gentle":
+            config = model.config.to_dict()
+            shared = {key: config[key] for key in SHARED}
+            sizes: dict[str, Any] = {"intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 2}
+            model = MixtralForCausalLM(MixtralConfig(**shared, **sizes, tie_word_embeddings=False))
+        warm_up(model, tokenizer, TASK, replace(MODELS[name], steps=steps))
     return model, tokenizer
 
 
 # --- one policy, its samples scored twice -----------------------------------------------------------------
 
 
-def static(seed: int, prompts: int, warmup: int, head: str) -> list[dict[str, Any]]:
-    model, tokenizer = warmed(seed, warmup, head)
+def static(seed: int, prompts: int, warmup: int, name: str) -> list[dict[str, Any]]:
+    model, tokenizer = warmed(seed, warmup, name)
     texts: list[str] = TASK.prompts(prompts, split="test")["prompt"]
-    requests = [Request(prompt_ids=tokenizer(text)["input_ids"]) for text in texts for _ in range(4)]
+    requests = [Request(prompt_ids=tokenizer(text)["input_ids"]) for text in texts for _ in range(8)]
     return [
-        {"seed": seed, "head": head, "engine": name, **scored(model, tokenizer, requests, disturbance)}
-        for name, disturbance in DISTURBANCES.items()
+        {"seed": seed, "model": name, "engine": engine, **scored(model, tokenizer, requests, disturbance)}
+        for engine, disturbance in DISTURBANCES.items()
     ]
 
 
@@ -187,7 +208,7 @@ def static(seed: int, prompts: int, warmup: int, head: str) -> list[dict[str, An
 def scored(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request], disturbance: Disturbance
 ) -> dict[str, float]:
-    """k3 per token without and with replay, and the share of (token, layer) pairs with other experts."""
+    """k3 per token and the share of flipped pairs, without and with replay, and on which tokens k3 stands."""
     engine = DisturbedEngine(model, tokenizer, disturbance=disturbance)
     rollouts = engine.generate(requests, Sampling(max_new_tokens=8, seed=0))
     rows = [torch.cat([rollout.prompt_ids, rollout.token_ids]) for rollout in rollouts]
@@ -202,10 +223,13 @@ def scored(
     for name, watch in {"native": routers.recording(), "replayed": routers.replaying(brought)}.items():
         with watch as watched:
             logps = model(ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
-        delta = logps.gather(-1, ids[:, 1:, None]).squeeze(-1)[own] - sampler
-        executed = watched.routes(len(ids)).experts[:, :-1][own]
-        found[f"k3_{name}"] = (delta.expm1() - delta).double().mean().item()
-        found[f"flips_{name}"] = flipped(executed, brought.experts[:, :-1][own]).float().mean().item()
+        delta = (logps.gather(-1, ids[:, 1:, None]).squeeze(-1)[own] - sampler).double()
+        k3 = delta.expm1() - delta
+        flips = flipped(watched.routes(len(ids)).experts, brought.experts) & brought.valid.unsqueeze(-1)
+        found |= {f"k3_{name}": k3.mean().item(), f"flips_{name}": flips[:, :-1][own].float().mean().item()}
+        if name == "native":
+            reached = flips.any(-1).cummax(-1).values[:, :-1][own]
+            found |= {"on_reached": (k3[reached].sum() / k3.sum()).item(), "on_worst": (k3.amax() / k3.sum()).item()}
     return found
 
 
@@ -228,11 +252,12 @@ def trainer_of(
     steps: int,
     rows: int = 128,
     updates: int = 1,
+    epochs: int = 1,
     learning_rate: float = 5e-4,
     objective: Objective | None = None,
     **extra: Any,
 ) -> StableGRPOTrainer:
-    """A trainer that logs to memory and draws `rows` completions for each of `updates` updates of a batch."""
+    """A trainer that logs to memory: `rows` completions for each of `updates` updates, all of them `epochs` times."""
     return StableGRPOTrainer(
         model,
         TASK.reward,
@@ -244,6 +269,7 @@ def trainer_of(
             lr_scheduler_type="constant",
             per_device_train_batch_size=rows,
             steps_per_generation=updates,
+            num_iterations=epochs,
             num_generations=8,
             max_completion_length=8,
             gradient_checkpointing=False,
@@ -262,20 +288,22 @@ def trainer_of(
     )
 
 
-def trained(seed: int, steps: int, replay: str | None, warmup: int) -> dict[str, Any]:
-    """k3, flips and the sampler's reward at the start and over the last tenth, with router noise of 2."""
-    model, tokenizer = warmed(seed, warmup)
+def trained(seed: int, steps: int, replay: str | None, warmup: int, rows: int, name: str) -> dict[str, Any]:
+    """k3, flips and the sampler's reward at the start and over the last fifth, with router noise of 2."""
+    model, tokenizer = warmed(seed, warmup, name)
     folder = Path(tempfile.mkdtemp())
     run = RunFolder.create(folder / "run", config_text="benchmark: moe_mismatch\n")
     engine = partial(DisturbedEngine, disturbance=noise(2.0))
     with contextlib.redirect_stdout(io.StringIO()):
-        trainer_of(model, tokenizer, folder, seed=seed, steps=steps, engine=engine, replay=replay, run=run).train()
-    rows = [row.values for row in run.metrics().rows]
-    last = rows[-max(1, steps // 10) :]
+        trainer_of(
+            model, tokenizer, folder, seed=seed, steps=steps, rows=rows, engine=engine, replay=replay, run=run
+        ).train()
+    table = [row.values for row in run.metrics().rows]
+    last = table[-max(1, steps // 5) :]
     keys = {"k3": "mismatch/k3", "ess": "mismatch/ess_token", "reward": "train/reward", "flips": "routes/flip_share"}
     ends = {f"{name}_end": statistics.fmean(row[key] for row in last) for name, key in keys.items()}
-    curve = {name: [row[key] for row in rows] for name, key in keys.items()}
-    return {"seed": seed, "replay": replay, "k3_start": rows[0]["mismatch/k3"], **ends, "curve": curve}
+    curve = {name: [row[key] for row in table] for name, key in keys.items()}
+    return {"seed": seed, "replay": replay, "k3_start": table[0]["mismatch/k3"], **ends, "curve": curve}
 
 
 # --- cost -----------------------------------------------------------------
@@ -325,7 +353,22 @@ def training_seconds(replay: str | None) -> float:
 def cost(rounds: int) -> dict[str, Any]:
     sampling = {"plain": partial(sampling_seconds, False), "recording": partial(sampling_seconds, True)}
     training = {"plain": partial(training_seconds, None), "replay": partial(training_seconds, "R3")}
-    return {"sampling": in_turn(sampling, rounds), "four steps": in_turn(training, rounds)}
+    return {"sampling": in_turn(sampling, rounds), "four steps": in_turn(training, rounds), "moving": moving(rounds)}
+
+
+def moving(rounds: int) -> dict[str, float]:
+    """Routes of a million tokens, from the rows that travel to the batch of a forward and back to rows."""
+    rows, tokens, layers, top_k = 512, 2048, 48, 8
+    experts = torch.randint(128, (tokens, layers, top_k), dtype=torch.uint8)
+    travelling = [Routes(experts=experts.clone(), valid=torch.ones(tokens).bool()) for _ in range(rows)]
+    mask = torch.ones(rows, tokens)
+
+    def move() -> None:
+        for start in range(0, rows, 8):
+            Routes.padded(travelling[start : start + 8], mask[start : start + 8]).rows(mask[start : start + 8])
+
+    megabytes = sum(routes.nbytes for routes in travelling) / 1e6
+    return {"megabytes": megabytes, "seconds": statistics.median(cpu_seconds(move) for _ in range(rounds))}
 
 
 # --- tables -----------------------------------------------------------------
@@ -336,17 +379,20 @@ def spread(values: Sequence[float]) -> str:
 
 
 def print_static(rows: Sequence[dict[str, Any]], console: Console) -> None:
-    columns = ("head", "engine", "flipped pairs", "k3 without", "k3 with replay", "factor")
-    table = Table(*columns, title="median (range) over seeds")
-    for head, engine in dict.fromkeys((row["head"], row["engine"]) for row in rows):
-        of = [row for row in rows if (row["head"], row["engine"]) == (head, engine)]
+    columns = ("model", "engine", "flipped pairs", "k3", "k3 with replay", "factor", "of all", "reached", "worst")
+    table = Table(*columns, title="median (range) over seeds; factor of all seeds' samples together; shares of k3")
+    for name, engine in dict.fromkeys((row["model"], row["engine"]) for row in rows):
+        of = [row for row in rows if (row["model"], row["engine"]) == (name, engine)]
+        without, replayed = [row["k3_native"] for row in of], [row["k3_replayed"] for row in of]
         table.add_row(
-            head,
+            name,
             engine,
             spread([row["flips_native"] for row in of]),
-            spread([row["k3_native"] for row in of]),
-            spread([row["k3_replayed"] for row in of]),
-            spread([row["k3_native"] / row["k3_replayed"] for row in of]),
+            spread(without),
+            spread(replayed),
+            spread([one / other for one, other in zip(without, replayed, strict=True)]),
+            f"{sum(without) / sum(replayed):.2g}",
+            *(f"{statistics.median(row[key] for row in of):.0%}" for key in ("on_reached", "on_worst")),
         )
     console.print(table)
 
@@ -364,10 +410,12 @@ def print_rl(rows: Sequence[dict[str, Any]], console: Console) -> None:
 
 def print_cost(found: dict[str, Any], console: Console) -> None:
     table = Table("what", "CPU seconds", "ratio", "noise", title="cost")
-    for what, result in found.items():
-        ratios = result["ratios"]
+    for what in ("sampling", "four steps"):
+        result, ratios = found[what], found[what]["ratios"]
         (arm,) = set(ratios) - {"again"}
         table.add_row(f"{what}: {arm}", f"{result['seconds']:.3f}", f"{ratios[arm]:.3f}", f"{ratios['again']:.3f}")
+    moved = found["moving"]
+    table.add_row(f"moving {moved['megabytes']:.0f} MB of routes", f"{moved['seconds']:.3f}", "", "")
     console.print(table)
 
 
@@ -377,7 +425,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    static = [row for row in found["static"] if row["head"] == "tied"]
+    static = [row for row in found["static"] if row["model"] == "gentle"]
     engines = list(dict.fromkeys(row["engine"] for row in static))
     for place, (key, label) in enumerate({"k3_native": "own choices", "k3_replayed": "routes replayed"}.items()):
         color = ("#c44e52", "#4c72b0")[place]
@@ -385,7 +433,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
             at = engines.index(row["engine"]) + 0.2 * (place - 0.5)
             left.plot(at, row[key], "o", color=color, markersize=4, alpha=0.7, label=label)
             label = "_"
-    left.set(yscale="log", ylabel="k3, nats/token", title="One policy, five seeds: trainer against engine")
+    left.set(yscale="log", ylabel="k3, nats/token", title="One policy, every seed: trainer against engine")
     shorter = {"router's ": "router's\n", " in ": "\nin ", "router noise ": "noise\n"}
     labels = engines
     for long, short in shorter.items():
@@ -403,9 +451,10 @@ def draw(found: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=["static", "rl", "cost"], default=["static", "rl", "cost"])
-    parser.add_argument("--heads", nargs="+", choices=list(RATES), default=list(RATES), help="models of static")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="the first trains too")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rows", type=int, default=256, help="completions per step of rl")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--warmup", type=int, default=300, help="steps of supervised warm-up")
     parser.add_argument("--rounds", type=int, default=15)
@@ -414,16 +463,17 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     disable_progress_bar()
-    console = Console(width=130)
+    console = Console(width=200)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__}
     found: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "threads": 1, **versions}
     if "static" in given.parts:
-        models = [(seed, head) for seed in range(given.seeds) for head in given.heads]
-        found["static"] = [row for seed, head in models for row in static(seed, given.prompts, given.warmup, head)]
+        models = [(seed, name) for seed in range(given.seeds) for name in given.models]
+        found["static"] = [row for seed, name in models for row in static(seed, given.prompts, given.warmup, name)]
         print_static(found["static"], console)
     if "rl" in given.parts:
         arms = [(seed, replay) for seed in range(given.seeds) for replay in (None, "R3")]
-        found["rl"] = [trained(seed, given.steps, replay, given.warmup) for seed, replay in arms]
+        sizes = {"steps": given.steps, "warmup": given.warmup, "rows": given.rows, "name": given.models[0]}
+        found["rl"] = [trained(seed, replay=replay, **sizes) for seed, replay in arms]
         print_rl(found["rl"], console)
     if "cost" in given.parts:
         found["cost"] = cost(given.rounds)
