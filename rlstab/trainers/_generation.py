@@ -12,6 +12,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers import PretrainedConfig
 
 from rlstab.errors import ConfigError, EngineError
@@ -34,6 +35,10 @@ TOKEN_VERSIONS = PART + "weight_versions"
 
 #: Makes an engine for the trainer's policy and tokenizer, once the trainer has prepared them.
 EngineFactory = Callable[[Any, Any], Engine]
+
+
+class _FailedElsewhereError(EngineError):
+    """The engine of another process has given up."""
 
 
 class Generation:
@@ -83,8 +88,7 @@ class Generation:
         check_images(self._trainer.model, has_tool_images)
         requests = requests_of(prompt_ids, images, multimodal_fields)
         places = self._conversations.continued_by(prompt_ids)
-        with self._saved_if_it_fails():
-            self.latest = self._sampled(requests, first=places is None)
+        self.latest = self._sampled(requests, first=places is None)
         self._tell_events()
         self._conversations.add(self.latest, places)
         return [r.token_ids.tolist() for r in self.latest], [r.logprobs.tolist() for r in self.latest]
@@ -163,29 +167,41 @@ class Generation:
             self._trainer._recorder.event(kind, **fields)
 
     @contextmanager
-    def _saved_if_it_fails(self) -> Iterator[None]:
-        """Where the engine gives up, leave a checkpoint of what has been trained."""
+    def together(self) -> Iterator[None]:
+        """A generation of all processes: where the engine of one gives up, all stop, and leave a checkpoint."""
         generator = torch.get_rng_state()
         try:
             yield
         except EngineError as error:
             self._tell_events()
+            if not isinstance(error, _FailedElsewhereError):
+                self._failures(str(error))
             self.engine.drop()
             torch.set_rng_state(generator)
             obstacle = self._obstacle()
             if not obstacle:
                 self._trainer._save_checkpoint(self._trainer.model, trial=None)
+                self._trainer.accelerator.wait_for_everyone()  # one that ended earlier would take the others with it
             logger.error("the engine has failed: %s", _outcome(obstacle, self._trainer.state.global_step))
             self._trainer._recorder.event(
                 "generation_failed", engine=self.engine.id, reason=str(error), checkpoint=not obstacle
             )
             raise
 
+    def join(self) -> None:
+        """Wait until all processes have sampled what they need; raises where the engine of another has given up."""
+        for process, failure in enumerate(self._failures("")):
+            if failure:
+                raise _FailedElsewhereError(f"the engine of process {process} has failed: {failure}")
+
+    def _failures(self, own: str) -> list[str]:
+        """Why the engine of each process has failed, or "": said once in each generation by every process."""
+        several = self._trainer.accelerator.num_processes > 1
+        return gather_object([own]) if several else [own]
+
     def _obstacle(self) -> str:
         """What keeps a checkpoint from being written now, or ""."""
         trainer = self._trainer
-        if (processes := trainer.accelerator.num_processes) > 1:
-            return f"{processes} processes train, and the others would have to join in"
         if not trainer.model.training:
             return "an evaluation was under way"
         if trainer._step % trainer.args.gradient_accumulation_steps:
@@ -221,6 +237,8 @@ def _check_host(trainer: Any) -> None:
             "engine=... samples the completions, and args.use_vllm or args.use_transformers_continuous_batching "
             "asks the host to: set one of them"
         )
+    if trainer.rollout_func is not None:
+        raise ConfigError("engine=... samples the completions, and rollout_func=... does so too: pass one of them")
     if trainer.repetition_penalty != 1.0:
         raise ConfigError(
             f"args.repetition_penalty={trainer.repetition_penalty} changes the distribution by the tokens before, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -250,8 +251,21 @@ class StableGRPOTrainer(GRPOTrainer):
         output[_batches.PART + VERSION] = row_versions(rollouts, output["completion_ids"], self.state.global_step)
         return output
 
+    def _generate(self, prompts: list[Any]) -> Any:
+        with nullcontext() if self._generation is None else self._generation.together():
+            return super()._generate(prompts)
+
     def _generate_single_turn(self, *turn: Any, **named: Any) -> Any:
-        return self._guided(self._sample, *turn, **named)
+        sampled = self._guided(self._sample, *turn, **named)
+        if self._generation is not None and not self.tools:
+            self._generation.join()
+        return sampled
+
+    def _tool_call_loop(self, *call: Any, **named: Any) -> Any:
+        turns = super()._tool_call_loop(*call, **named)
+        if self._generation is not None:
+            self._generation.join()
+        return turns
 
     def _sample(self, *turn: Any, **named: Any) -> Any:
         if self._generation is None:

@@ -74,8 +74,10 @@ __all__ = [
 SEAMS: dict[str, tuple[str, ...]] = {
     "_compute_loss": ("model", "inputs"),
     "_prepare_inputs": ("generation_batch",),
+    "_generate": ("prompts",),
     "_generate_and_score_completions": ("inputs",),
     "_generate_single_turn": ("prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"),
+    "_tool_call_loop": ("prompts", "prompt_ids", "completion_ids", "completions", "logprobs"),
     "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
     "_get_per_token_logps_and_entropies": ("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"),
     "_get_grad_norm": ("model", "grad_norm"),

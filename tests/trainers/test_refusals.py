@@ -30,6 +30,7 @@ from rlstab.losses import (
     TruncatedIS,
     presets,
 )
+from rlstab.rollouts import TransformersEngine
 from rlstab.trainers import StableGRPOTrainer
 
 # Argument of the host -> a value other than its default, and what the message has to recommend.
@@ -157,6 +158,18 @@ SYNCED = {"sync_ref_model": True}
 def test_what_nobody_supplies_is_refused(objective: Any, extra: Any, words: list[str], tmp_path: Path) -> None:
     message = refusal(tmp_path, objective, **extra)
     assert not [word for word in words if word not in message], message
+
+
+@pytest.mark.parametrize(
+    ("extra", "word"),
+    [
+        ({"rollout_func": lambda prompts, trainer: {}}, "rollout_func"),
+        ({"settings": {"repetition_penalty": 1.1}}, "args.repetition_penalty=1.1"),
+        ({"settings": {"generation_kwargs": {"num_beams": 2}}}, "args.generation_kwargs={'num_beams': 2}"),
+    ],
+)
+def test_a_generation_beside_that_of_an_engine_is_refused(extra: Any, word: str, tmp_path: Path) -> None:
+    assert word in refusal(tmp_path, None, engine=TransformersEngine, **extra)
 
 
 def test_a_moving_reference_of_an_adapted_policy_is_refused(tmp_path: Path) -> None:

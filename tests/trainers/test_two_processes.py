@@ -43,7 +43,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ranks(output: Path) -> list[Any]:
     """The results of both."""
     found = [torch.load(output / f"results-{rank}.pt", weights_only=False) for rank in (0, 1)]
-    assert [result[name]["processes"] for result in found for name in result] == [2] * 24
+    assert [result[name]["processes"] for result in found for name in result] == [2] * 26
     return found
 
 
@@ -98,6 +98,14 @@ def test_the_drop_in_equals_the_host(ranks: list[Any]) -> None:
 def test_both_resume_within_a_generation(ranks: list[Any]) -> None:
     for result in ranks:
         assert_same_weights(*result["resumed"]["weights"])
+
+
+def test_an_engine_that_gives_up_stops_both_and_leaves_a_checkpoint(ranks: list[Any]) -> None:
+    failures = ["the engine of process 1 has failed: all engines are dead", "all engines are dead"]
+    assert [result["failed"]["failure"] for result in ranks] == failures
+    assert [result["failed"]["step"] for result in ranks] == [2, 2]
+    for result in ranks:
+        assert_same_weights(*result["failed"]["weights"])
 
 
 def test_one_process_does_not_resume_what_two_have_written(ranks: list[Any], output: Path, tmp_path: Path) -> None:

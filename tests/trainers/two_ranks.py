@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from equality import Trace, Tracer, config, digits_reward, prompts, run
 from expert_ranks import guided as expert_guided
@@ -16,11 +17,13 @@ from routed_ranks import replayed, sharded_replay
 from sharded_models import restored_shards, sharded_gradients
 from small_runs import TOKENIZER, run_folder, tiny_policy, trainer_of, weights
 from test_exact_distillation import distil
+from test_overlap import Mortal, copying
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 from watched_hosts import host
 
 from rlstab.batch import LogProbs
+from rlstab.errors import EngineError
 from rlstab.losses import (
     KL,
     ClippedSurrogate,
@@ -160,6 +163,31 @@ def stopped_and_resumed(output: Path) -> dict[str, Any]:
     return {"processes": whole.accelerator.num_processes, "weights": (weights(resumed), weights(whole))}
 
 
+def failed(output: Path) -> dict[str, Any]:
+    """The engine of the last process gives up in the third generation; then both resume from what they left."""
+    last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+
+    def made(name: str, lives: int) -> Any:
+        def engine(model: Any, tokenizer: Any) -> Mortal:
+            return Mortal(copying(model, tokenizer), lives if last else 100)
+
+        return trainer_of(output / name, settings={"max_steps": 3}, engine=engine)
+
+    whole = made("unfailing", 100)
+    whole.train()
+    failing = made("failing", 3)  # one of them for the proof of the first sync
+    with pytest.raises(EngineError) as failure:
+        failing.train()
+    resumed = made("after", 100)
+    resumed.train(resume_from_checkpoint=str(output / "failing" / f"checkpoint-{failing.state.global_step}"))
+    return {
+        "processes": whole.accelerator.num_processes,
+        "failure": str(failure.value),
+        "step": failing.state.global_step,
+        "weights": (weights(resumed), weights(whole)),
+    }
+
+
 def distilled(output: Path) -> dict[str, Any]:
     """The host's distillation and the drop-in's, on the same seed."""
     ours, theirs = (run(distil(output / f"distilled-{host}", host=host, beta=0.3)) for host in (False, True))
@@ -210,6 +238,7 @@ def main() -> None:
         "spread": spread_run(output, rows=ROWS // 4, accumulation=2),
         "host": beside_the_host(output),
         "resumed": stopped_and_resumed(output),
+        "failed": failed(output),
         "distilled": distilled(output),
         "guarded": guarded(output),
         "imitated": imitated(output, rows=4),
