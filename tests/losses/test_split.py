@@ -3,14 +3,13 @@
 import os
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
+from two_processes import in_two_processes
 
 from rlstab.batch import Count, Requirement, TokenBatch
 from rlstab.losses import (
@@ -228,11 +227,10 @@ def gathered(tensor: Tensor) -> Tensor:
     return torch.cat(pieces)
 
 
-def train_as_one_of_two(rank: int, folder: str, sizes: list[int]) -> None:
+def train_as_one_of_two(sizes: list[int]) -> dict[str, Any]:
     """A data-parallel trainer: own rows, counts per rank, statistics of the gathered step, the mean of gradients."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    ours = case()
+    dist.init_process_group("gloo")
+    ours, rank = case(), dist.get_rank()
     mine = ours.step.select(slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)).replace(counts={})
     with torch.no_grad():
         scored = score(ours.policy, mine)
@@ -254,17 +252,12 @@ def train_as_one_of_two(rank: int, folder: str, sizes: list[int]) -> None:
     )
     gradient = gradient_of(ours, mine, sizes)
     dist.all_reduce(gradient)
-    torch.save(
-        {"gradient": gradient / dist.get_world_size(), "process": os.getpid(), "world": dist.get_world_size()},
-        Path(folder) / f"rank{rank}.pt",
-    )
-    dist.destroy_process_group()
+    return {"gradient": gradient / dist.get_world_size(), "process": os.getpid(), "world": dist.get_world_size()}
 
 
 @pytest.mark.parametrize("sizes", [[8], [3, 1, 4]], ids=str)
-def test_two_processes_give_the_gradient_of_one(tmp_path: Path, sizes: list[int]) -> None:
-    spawn(train_as_one_of_two, args=(str(tmp_path), sizes), nprocs=2)
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+def test_two_processes_give_the_gradient_of_one(sizes: list[int]) -> None:
+    ranks = in_two_processes(train_as_one_of_two, sizes)
     assert len({os.getpid(), *(rank["process"] for rank in ranks)}) == 3
     assert [rank["world"] for rank in ranks] == [2, 2]
     expected = gradient_of(case(), whole_step(case()), [ROWS])

@@ -1,19 +1,19 @@
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from monitor_vectors import vector
 from torch import Tensor, nn
+from torch.distributed import init_process_group
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from two_processes import in_two_processes
 
 from rlstab.errors import ConfigError
-from rlstab.optim import SPAM, StableSPAM
+from rlstab.optim import SPAM, StableSPAM, ZClip, global_norm
 from rlstab.optim._spam import spam_clip, spam_warmup
 
 
@@ -182,21 +182,34 @@ def test_decay_is_decoupled_and_closures_are_run(optimizer: Any) -> None:
     assert weight.item() == pytest.approx(2.0 * (1 - 0.1 * 0.5))
 
 
-def test_sharded_gradients_have_the_norms_of_whole_ones(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[2]
-    script, meeting = Path(__file__).with_name("sharded.py"), tmp_path / "meeting"
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(meeting)], stdout=subprocess.PIPE, text=True, env=environment
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        assert [rank.communicate(timeout=120)[0].split() for rank in ranks] == [["same"], ["same"]]
-    finally:
-        for rank in ranks:
-            rank.kill()
+def shards_beside_whole_tensors() -> str:
+    """`same`, if the shards of two processes have the norms and updates of whole tensors."""
+    init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,))
+    draw = torch.Generator().manual_seed(0)
+    start = [torch.randn(5, 3, generator=draw), torch.randn(4, generator=draw)]
+    for optimizer in (StableSPAM, SPAM):
+        whole = [torch.nn.Parameter(x.clone()) for x in start]
+        shards = [torch.nn.Parameter(distribute_tensor(x.clone(), mesh, [Shard(0)])) for x in start]
+        ours, theirs = optimizer(shards, lr=0.1), optimizer(whole, lr=0.1)
+        clips = ZClip(warmup=2), ZClip(warmup=2)
+        for step in range(30):
+            for p, q in zip(whole, shards, strict=True):
+                p.grad = torch.randn(p.shape, generator=draw) * (50.0 if step in (9, 25) else 1.0)
+                q.grad = distribute_tensor(p.grad.clone(), mesh, [Shard(0)])
+            assert abs(global_norm(whole) - global_norm(shards)) <= 1e-5 * global_norm(whole)
+            a, b = clips[0].apply(whole), clips[1].apply(shards)
+            assert (a.limit is None) == (b.limit is None)
+            ours.step()
+            theirs.step()
+        for p, q in zip(whole, shards, strict=True):
+            torch.testing.assert_close(q.full_tensor(), p.data)  # type: ignore[attr-defined]
+            assert ours.state[q]["exp_avg"].shape == q.shape
+    return "same"
+
+
+def test_sharded_gradients_have_the_norms_of_whole_ones() -> None:
+    assert in_two_processes(shards_beside_whole_tensors) == ["same", "same"]
 
 
 @pytest.mark.parametrize(

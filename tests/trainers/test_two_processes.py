@@ -1,48 +1,30 @@
 """Two processes with gloo: groups, counts and statistics go across them, and a resume goes on in both."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from equality import gradient_distance
 from expert_ranks import guided, imitated
 from small_runs import assert_same_weights, trainer_of
 from test_equality import differing
-from two_ranks import ROWS, SETTINGS, spread_run
+from two_processes import in_two_processes
+from two_ranks import ROWS, SETTINGS, scenarios, spread_run
 
 from rlstab.errors import ConfigError
 from rlstab.trainers import latest_checkpoint
 
-HERE = Path(__file__).parent
-SECONDS = 240
-
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the two processes have left their results."""
-    folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE)])}
-    ended = subprocess.run(
-        [*command, str(HERE / "two_ranks.py"), str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr[-4000:]
-    return folder
+    """Where the two processes write."""
+    return tmp_path_factory.mktemp("two")
 
 
 @pytest.fixture(scope="module")
 def ranks(output: Path) -> list[Any]:
     """The results of both."""
-    found = [torch.load(output / f"results-{rank}.pt", weights_only=False) for rank in (0, 1)]
+    found = in_two_processes(scenarios, output)
     assert [result[name]["processes"] for result in found for name in result] == [2] * 26
     return found
 

@@ -1,9 +1,8 @@
-"""What two processes do in `test_two_processes.py`: one scenario after the other, with the results in files."""
+"""What two processes do in `test_two_processes.py`: one scenario after the other, with the results of each."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -226,15 +225,13 @@ def guarded(output: Path) -> dict[str, Any]:
     return {"processes": trainer.accelerator.num_processes, **results}
 
 
-def main() -> None:
-    """Run every scenario; each process writes its own results."""
-    torch.set_num_threads(1)
+def scenarios(output: Path) -> dict[str, Any]:
+    """The results of every scenario."""
     # With several processes transformers loads the optimizer to `cpu:0`, a place that torch knows as `cpu` only.
     torch.serialization.register_package(
         0, lambda _: None, lambda storage, place: storage if place == "cpu:0" else None
     )
-    output = Path(sys.argv[1])
-    results = {
+    return {
         "spread": spread_run(output, rows=ROWS // 4, accumulation=2),
         "host": beside_the_host(output),
         "resumed": stopped_and_resumed(output),
@@ -249,9 +246,3 @@ def main() -> None:
         "routed": replayed(output),
         "routed and sharded": sharded_replay(),
     }
-    torch.save(results, output / f"results-{torch.distributed.get_rank()}.pt")
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

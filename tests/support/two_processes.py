@@ -1,0 +1,34 @@
+"""Two processes that meet through gloo, forked off that of the tests, which has imported what they need."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.multiprocessing.spawn import start_processes
+
+__all__ = ["in_two_processes"]
+
+
+def in_two_processes(work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `work(*arguments)` returns in each, with the environment that a launcher makes."""
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    # No process with threads for GPUs can be forked.
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    with tempfile.TemporaryDirectory() as folder:
+        start_processes(_as_rank, (store.port, Path(folder), work, arguments), nprocs=2, start_method=method)
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def _as_rank(rank: int, port: int, folder: Path, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}", TORCHELASTIC_USE_AGENT_STORE="True")
+    torch.set_num_threads(1)
+    torch.save(work(*arguments), folder / f"{rank}.pt")
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
