@@ -3,15 +3,19 @@
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
+from accelerate import PartialState
 from rich.console import Console
+from two_processes import START, in_two_processes
 
 from rlstab.cli import main
 from rlstab.errors import ConfigError, RecipeError, RecordError
@@ -169,51 +173,46 @@ def test_a_part_that_reads_the_sampler_needs_an_engine(folder: Path) -> None:
     assert not (folder / "refused").exists()
 
 
-def train(folder: Path, name: str) -> subprocess.Popen[str]:
+def command(log: Path, *words: str) -> int:
+    """The exit code of `rlstab` with these words, which prints into a file."""
+    with log.open("w") as said, redirect_stdout(said), redirect_stderr(said):
+        return main(list(words))
+
+
+def ended(log: Path, *words: str) -> NoReturn:
+    sys.exit(command(log, *words))
+
+
+def train(folder: Path, name: str, log: Path) -> BaseProcess:
     """Start the recipe as a command, in a process of its own."""
     words = ["train", str(folder / "recipe.yaml"), "--output", str(folder / name)]
-    code = "import sys; from rlstab.cli import main; sys.exit(main(sys.argv[1:]))"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    process = get_context(START).Process(target=ended, args=(log, *words))
+    process.start()
+    return process
 
 
-def wait_for(process: subprocess.Popen[str], file: Path, lines: int) -> None:
+def wait_for(process: BaseProcess, log: Path, file: Path, lines: int) -> None:
     deadline = time.monotonic() + 120
     while not file.exists() or len(file.read_bytes().splitlines()) < lines:
-        assert process.poll() is None, process.communicate()[0]
+        assert process.is_alive(), log.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
 
+def as_one_of_two(folder: Path) -> tuple[int, int, str]:
+    """The exit code, the number of processes, and what was printed."""
+    log = folder / f"two-{os.environ['RANK']}.txt"
+    changes = ["--trainer.use_cpu=true", "--trainer.max_steps=3", "--evaluation.every=2", "--warmup.steps=20"]
+    code = command(log, "train", str(folder / "recipe.yaml"), "--output", str(folder / "two"), *changes)
+    return code, PartialState().num_processes, log.read_text()
+
+
 def test_two_processes_train_one_policy(folder: Path) -> None:
     """The first process evaluates and writes, while the other waits."""
-    script = folder / "two.py"
-    script.write_text(
-        "import sys\n"
-        "from accelerate import PartialState\n"
-        "from rlstab.cli import main\n"
-        "code = main(sys.argv[1:])\n"
-        "print('processes:', PartialState().num_processes)\n"
-        "sys.exit(code)\n"
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    changes = ["--trainer.use_cpu=true", "--trainer.max_steps=3", "--evaluation.every=2", "--warmup.steps=20"]
-    done = subprocess.run(
-        [*launch, "train", str(folder / "recipe.yaml"), "--output", str(folder / "two"), *changes],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("processes: 2") == 2
-    assert done.stdout.count("before → after") == 1
+    codes, processes, said = zip(*in_two_processes(as_one_of_two, folder), strict=True)
+    assert codes == (0, 0), said
+    assert processes == (2, 2)
+    assert "".join(said).count("before → after") == 1
     run_folder = RunFolder.open(folder / "two")
     assert sorted(metrics(run_folder)) == [1, 2, 3]
     assert [event.kind for event in run_folder.events().rows] == ["evaluation", "evaluation", "finished"]
@@ -222,11 +221,14 @@ def test_two_processes_train_one_policy(folder: Path) -> None:
 def test_ctrl_c_and_resume_follow_the_same_trajectory(
     folder: Path, whole: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    process = train(folder, "stopped")
-    wait_for(process, folder / "stopped" / "metrics.jsonl", lines=3)
-    process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 130, output
+    log = folder / "stopped.txt"
+    process = train(folder, "stopped", log)
+    wait_for(process, log, folder / "stopped" / "metrics.jsonl", lines=3)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    process.join(120)
+    output = log.read_text()
+    assert process.exitcode == 130, output
     stopped = RunFolder.open(folder / "stopped")
     last = stopped.metrics().rows[-1].step
     assert 3 <= last < 30

@@ -1,4 +1,4 @@
-"""Two processes that meet through gloo, forked off that of the tests, which has imported what they need."""
+"""Processes forked off that of the tests, which has imported what they need; two of them meet through gloo."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ import torch
 from torch import distributed
 from torch.multiprocessing.spawn import start_processes
 
-__all__ = ["in_two_processes"]
+__all__ = ["START", "in_two_processes"]
+
+# A process with threads for GPUs cannot be forked.
+START = "spawn" if torch.cuda.is_available() else "fork"
 
 
 def in_two_processes(work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What `work(*arguments)` returns in each, with the environment that a launcher makes."""
     store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    # No process with threads for GPUs can be forked.
-    method = "spawn" if torch.cuda.is_available() else "fork"
     with tempfile.TemporaryDirectory() as folder:
-        start_processes(_as_rank, (store.port, Path(folder), work, arguments), nprocs=2, start_method=method)
+        start_processes(_as_rank, (store.port, Path(folder), work, arguments), nprocs=2, start_method=START)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
