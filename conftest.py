@@ -1,5 +1,6 @@
 """What every test runs under: offline, one thread, no display, and shape checks on request."""
 
+import gc
 import os
 
 os.environ.update(HF_HUB_OFFLINE="1", MPLBACKEND="Agg", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
@@ -36,6 +37,12 @@ def pytest_configure(config: pytest.Config) -> None:
         from jaxtyping import install_import_hook
 
         install_import_hook("rlstab", "shape_checks.check")
+
+
+def pytest_collection_finish() -> None:
+    """Every `train` collects garbage: half of its time here, if it has to look through all that was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import get_type_hints
 
@@ -56,6 +57,7 @@ class ReadRecipe:
     text: str
 
 
+@cache
 def recipe_parser(host: type[GRPOConfig] | type[SFTConfig] = GRPOConfig) -> ArgumentParser:
     """The parser of recipes: the fields of `Recipe`, with the host's trainer arguments under `trainer`.
 

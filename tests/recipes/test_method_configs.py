@@ -10,6 +10,8 @@ from small_recipes import read_small
 from rlstab.losses import presets
 from rlstab.recipes import run_recipe
 
+pytestmark = pytest.mark.usefixtures("without_report")
+
 # Recipes of another name than their preset, and those that call it with arguments.
 PRESETS = {"rpg_moving.yaml": "rpg"}
 ARGUMENTS: dict[str, dict[str, Any]] = {"rpg_moving.yaml": {"reference": "anchor"}}
