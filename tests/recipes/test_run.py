@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
-from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,7 +14,7 @@ from typing import Any, NoReturn
 import pytest
 from accelerate import PartialState
 from rich.console import Console
-from two_processes import START, in_two_processes
+from two_processes import PROCESSES, in_two_processes
 
 from rlstab.cli import main
 from rlstab.errors import ConfigError, RecipeError, RecordError
@@ -186,7 +185,7 @@ def ended(log: Path, *words: str) -> NoReturn:
 def train(folder: Path, name: str, log: Path) -> BaseProcess:
     """Start the recipe as a command, in a process of its own."""
     words = ["train", str(folder / "recipe.yaml"), "--output", str(folder / name)]
-    process = get_context(START).Process(target=ended, args=(log, *words))
+    process = PROCESSES.Process(target=ended, args=(log, *words))
     process.start()
     return process
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,18 @@ import torch
 from torch import distributed
 from torch.multiprocessing.spawn import start_processes
 
-__all__ = ["START", "in_two_processes"]
+__all__ = ["PROCESSES", "in_two_processes"]
 
 # A process with threads for GPUs cannot be forked.
-START = "spawn" if torch.cuda.is_available() else "fork"
+PROCESSES = get_context("spawn") if torch.cuda.is_available() else get_context("fork")
 
 
 def in_two_processes(work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What `work(*arguments)` returns in each, with the environment that a launcher makes."""
-    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as folder:
-        start_processes(_as_rank, (store.port, Path(folder), work, arguments), nprocs=2, start_method=START)
+        given = store.port, Path(folder), work, arguments
+        start_processes(_as_rank, given, nprocs=2, start_method=PROCESSES.get_start_method())
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
