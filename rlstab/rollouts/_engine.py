@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
@@ -12,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rlstab.errors import ConfigError
 from rlstab.rollouts._request import Request, Sampling
 from rlstab.rollouts._rollout import Rollout
 from rlstab.rollouts._weights import WeightSource
@@ -107,6 +109,31 @@ class Engine(ABC):
         Raises:
             EngineError: if a request cannot be answered; nothing is returned then.
         """
+
+    async def generate_async(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+        """`generate` for a program with an event loop, which does other work meanwhile.
+
+        Without a seed one is drawn from this thread's generator. Several calls may be under way at a time; what they do
+        at once is the engine's. A call that is cancelled is no longer waited for; of servers it is withdrawn.
+
+        Raises:
+            ConfigError: if the engine cannot sample beside other work of this process (`works_beside`).
+            EngineError: see `generate`.
+
+        Example:
+            ```python
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(engine.generate_async([request], sampling)) for request in requests]
+            ```
+        """
+        if not self.works_beside:
+            raise ConfigError(
+                f"{self.id}: generate_async of an engine that shares weights or generators with this thread; call "
+                "generate, or make one of its own: TransformersEngine(share=False), VLLMEngine(in_process=False)"
+            )
+        if sampling.seed is None:
+            sampling = replace(sampling, seed=int(torch.randint(2**62, ())))
+        return await asyncio.to_thread(self.generate, requests, sampling)
 
     @abstractmethod
     def score(self, sequences: Sequence[Int[Tensor, "_"]]) -> list[Float[Tensor, "_"]]:

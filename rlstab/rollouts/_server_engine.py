@@ -157,11 +157,18 @@ class VLLMServerEngine(NamedEngine):
                 no room for a completion, if the model's logits are not finite, or if a kept set is larger than what is
                 recorded of it.
         """
+        return self._wait(self._answered(requests, sampling))
+
+    async def generate_async(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+        """`generate` for a program with an event loop: see `Engine.generate_async`."""
+        return await asyncio.wrap_future(self._thread.submit(self._answered(requests, sampling)))
+
+    def _answered(self, requests: Sequence[Request], sampling: Sampling) -> Coroutine[Any, Any, list[Rollout]]:
         self._check_usable()
         check_images("VLLMServerEngine", requests)
         stop_ids = self._stop_ids if sampling.stop_ids is None else sampling.stop_ids
         sampling = dataclasses.replace(sampling, stop_ids=tuple(stop_ids))
-        return self._wait(self._deal(len(requests), self._completions(requests, sampling)))
+        return self._deal(len(requests), self._completions(requests, sampling))
 
     def score(self, sequences: Sequence[Tensor]) -> list[Tensor]:
         """Log-probs of given tokens: see `Engine.score`."""

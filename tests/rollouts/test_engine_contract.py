@@ -1,5 +1,6 @@
 """What every engine promises: the right tokens, their true log-probs, and the weights it was given last."""
 
+import asyncio
 import dataclasses
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from scoring import trainer_logits, trainer_logprobs
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from rlstab.errors import EngineError, WeightSyncError
+from rlstab.errors import ConfigError, EngineError, WeightSyncError
 from rlstab.models import tiny_causal_lm
 from rlstab.rollouts import Engine, ModelWeights, Request, Sampling, Turn, renormalised_logprobs
 
@@ -83,6 +84,21 @@ def test_the_seed_makes_the_sample(engine: Engine) -> None:
         for seed in (3, 3, 4)
     ]
     assert tokens[0] == tokens[1] != tokens[2]
+
+
+def test_calls_of_an_event_loop_are_answered_side_by_side(engine: Engine) -> None:
+    seeds = [dataclasses.replace(SAMPLING, seed=seed) for seed in (3, 4)]
+
+    async def both() -> list[list[list[int]]]:
+        answers = await asyncio.gather(*(engine.generate_async(REQUESTS, sampling) for sampling in seeds))
+        return [[rollout.token_ids.tolist() for rollout in rollouts] for rollouts in answers]
+
+    if not engine.works_beside:
+        with pytest.raises(ConfigError, match="shares weights or generators with this thread; call generate"):
+            asyncio.run(both())
+        return
+    alone = [[rollout.token_ids.tolist() for rollout in engine.generate(REQUESTS, sampling)] for sampling in seeds]
+    assert asyncio.run(both()) == alone
 
 
 def test_tokens_come_as_often_as_their_probability_says(engine: Engine, model: PreTrainedModel) -> None:
