@@ -15,8 +15,8 @@ Beside it stand the shares of k3 on the tokens that a flipped pair reaches (thei
 one worst token: where the latter is large, a seed's factor is that of its worst token.
 
 `rl` trains with strong router noise, with and without `replay="R3"`. `cost` times sampling with and without recording,
-and whole steps with and without replay, in turn, by the CPU time of the process, and what it takes to pad the routes of
-a million tokens (48 layers, 8 of 128 experts) and cut them into rows, as every batch does.
+and whole steps with and without replay, in turn, by the CPU time of the process; what a batch does with its routes, as
+a share of such a step; and the same for a million tokens of a large model (48 layers, 8 of 128 experts).
 """
 
 from __future__ import annotations
@@ -353,19 +353,25 @@ def training_seconds(replay: str | None) -> float:
 def cost(rounds: int) -> dict[str, Any]:
     sampling = {"plain": partial(sampling_seconds, False), "recording": partial(sampling_seconds, True)}
     training = {"plain": partial(training_seconds, None), "replay": partial(training_seconds, "R3")}
-    return {"sampling": in_turn(sampling, rounds), "four steps": in_turn(training, rounds), "moving": moving(rounds)}
+    found = {"sampling": in_turn(sampling, rounds), "four steps": in_turn(training, rounds)}
+    own = moving(rounds, rows=64, tokens=14, layers=COST_MODEL.layers, top_k=2)
+    share = own["seconds"] / (found["four steps"]["seconds"] / 4)
+    million = moving(3, rows=500, tokens=2000, layers=48, top_k=8)
+    return {**found, "moving": {"share of a step": share, "million tokens": million}}
 
 
-def moving(rounds: int) -> dict[str, float]:
-    """Routes of a million tokens, from the rows that travel to the batch of a forward and back to rows."""
-    rows, tokens, layers, top_k = 512, 2048, 48, 8
+def moving(rounds: int, *, rows: int, tokens: int, layers: int, top_k: int) -> dict[str, float]:
+    """CPU time of what a batch does with its routes: padded for the old pass, the update and its signals, cut once."""
     experts = torch.randint(128, (tokens, layers, top_k), dtype=torch.uint8)
     travelling = [Routes(experts=experts.clone(), valid=torch.ones(tokens).bool()) for _ in range(rows)]
-    mask = torch.ones(rows, tokens)
+    mask = torch.ones(8, tokens)
 
     def move() -> None:
         for start in range(0, rows, 8):
-            Routes.padded(travelling[start : start + 8], mask[start : start + 8]).rows(mask[start : start + 8])
+            part = travelling[start : start + 8]
+            for _ in range(3):
+                batch = Routes.padded(part, mask[: len(part)])
+            batch.rows(mask[: len(part)])
 
     megabytes = sum(routes.nbytes for routes in travelling) / 1e6
     return {"megabytes": megabytes, "seconds": statistics.median(cpu_seconds(move) for _ in range(rounds))}
@@ -414,8 +420,9 @@ def print_cost(found: dict[str, Any], console: Console) -> None:
         result, ratios = found[what], found[what]["ratios"]
         (arm,) = set(ratios) - {"again"}
         table.add_row(f"{what}: {arm}", f"{result['seconds']:.3f}", f"{ratios[arm]:.3f}", f"{ratios['again']:.3f}")
-    moved = found["moving"]
+    moved = found["moving"]["million tokens"]
     table.add_row(f"moving {moved['megabytes']:.0f} MB of routes", f"{moved['seconds']:.3f}", "", "")
+    table.add_row("moving routes, share of such a step", "", f"{found['moving']['share of a step']:.4f}", "")
     console.print(table)
 
 

@@ -13,7 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.deepseek_v2 import DeepseekV2Config
 from transformers.models.deepseek_v3 import DeepseekV3Config
+from transformers.models.llama4 import Llama4TextConfig
+from transformers.models.phimoe import PhimoeConfig
 
+from rlstab.errors import RoutingError
 from rlstab.routing import Routers, Routes
 
 VECTOR: dict[str, Any] = json.loads((Path(__file__).parents[1] / "vectors" / "moe_monitors_optim.json").read_text())[
@@ -159,6 +162,33 @@ def test_groups_that_the_trainer_would_not_choose_keep_their_weight() -> None:
         trained(model)
     handle.remove()
     assert (weights[0] > 0).all()
+
+
+def test_a_family_that_runs_all_experts_on_scattered_scores() -> None:
+    """Llama 4 sets the scores of experts outside the top-k to zero and hands no ids on."""
+    sizes: dict[str, Any] = {"head_dim": 16, "intermediate_size_mlp": 32, "interleave_moe_layer_step": 1}
+    model = built(Llama4TextConfig(**COMMON, **sizes, num_local_experts=EXPERTS))
+    routers = Routers(model)
+    with routers.recording() as own:
+        logits, gradients = trained(model)
+    native = own.routes(rows=3)
+    with routers.replaying(native):
+        again, same = trained(model)
+    assert torch.equal(again, logits)
+    assert all(torch.equal(gradients[name], same[name]) for name in gradients)
+    with routers.replaying(shifted(native)):
+        changed, moved = trained(model)
+    assert not torch.allclose(changed, logits)
+    assert all(moved[f"{router.name}.weight"].abs().sum() > 0 for router in routers.routers)
+
+
+def test_a_family_without_a_top_k_is_named() -> None:
+    """Phi-MoE takes the largest score, masks it and takes the next."""
+    model = built(PhimoeConfig(**COMMON, num_local_experts=EXPERTS))
+    router = Routers(model).routers[0].name
+    refused = pytest.raises(RoutingError, match=f"{router}: expected one top-2 over 8 experts per call, got 0")
+    with refused, Routers(model).recording():
+        model(IDS)
 
 
 def test_layers_are_counted_with_the_dense_ones() -> None:
