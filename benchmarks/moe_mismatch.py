@@ -441,7 +441,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
             left.plot(at, row[key], "o", color=color, markersize=4, alpha=0.7, label=label)
             label = "_"
     left.set(yscale="log", ylabel="k3, nats/token", title="One policy, every seed: trainer against engine")
-    shorter = {"router's ": "router's\n", " in ": "\nin ", "router noise ": "noise\n"}
+    shorter = {"router's ": "router's\n", "all ": "all\n", " in ": "\nin ", "router noise ": "noise\n"}
     labels = engines
     for long, short in shorter.items():
         labels = [label.replace(long, short) for label in labels]
