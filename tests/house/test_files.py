@@ -3,6 +3,7 @@
 import ast
 import re
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,25 +20,25 @@ def shown_files() -> list[str]:
     return sorted(path.relative_to(ROOT).as_posix() for path in found if path.suffix in {".py", ".yaml", ".yml"})
 
 
-def texts_in_tests() -> set[str]:
-    """Every string that stands in a test outside of this folder."""
+@cache
+def names_in_tests() -> tuple[frozenset[str], frozenset[str]]:
+    """The names of files in the strings of tests outside of this folder, and the patterns with a folder."""
     trees = [
         ast.parse(path.read_text())
         for path in (ROOT / "tests").rglob("test_*.py")
         if path.parent != Path(__file__).parent
     ]
     nodes = [node for tree in trees for node in ast.walk(tree)]
-    return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-
-
-def names(text: str, path: Path) -> bool:
-    """Whether a text is the file's name, or a pattern with its folder, as `recipes/*.yaml`."""
-    return path.name == text.rsplit("/", 1)[-1] or ("/*" in text and path.match(text))
+    texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    names = frozenset(text.rsplit("/", 1)[-1] for text in texts)
+    return names, frozenset(text for text in texts if "/*" in text)
 
 
 @pytest.mark.parametrize("name", shown_files())
 def test_a_test_names_each_recipe_and_example(name: str) -> None:
-    named = any(names(text, Path(name)) for text in texts_in_tests())
+    """By its name, or by a pattern with its folder, as `recipes/*.yaml`."""
+    names, patterns = names_in_tests()
+    named = Path(name).name in names or any(map(Path(name).match, patterns))
     assert named != (name in NOT_RUN)
 
 

@@ -23,28 +23,31 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def loaded(statement: str) -> set[str]:
-    ran = run(f"{statement}\nimport sys\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))")
+def loaded(*statements: str) -> list[set[str]]:
+    """What is loaded after each statement."""
+    said = "print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    ran = run("\n".join(["import sys", *(f"{statement}\n{said}" for statement in statements)]))
     assert ran.returncode == 0, ran.stderr
-    return set(ran.stdout.split())
+    return [set(line.split()) for line in ran.stdout.splitlines()]
 
 
 @pytest.mark.parametrize("module", ["rlstab", "rlstab.cli", "rlstab.losses", "rlstab.record", "rlstab.schema"])
 def test_an_import_loads_no_host(module: str) -> None:
-    assert loaded(f"import {module}") & HEAVY == set()
+    assert loaded(f"import {module}")[0] & HEAVY == set()
 
 
 @pytest.mark.parametrize("module", ["rlstab", "rlstab.cli", "rlstab.errors", "rlstab.record", "rlstab.schema"])
 def test_rooms_without_tensors_load_no_torch(module: str) -> None:
-    assert "torch" not in loaded(f"import {module}")
+    assert "torch" not in loaded(f"import {module}")[0]
 
 
 def test_only_the_trainers_load_trl() -> None:
     """A recipe holds the trainer's settings, so its room stands on the trainers' and loads what they load."""
     rooms = {path.parent.name for path in (ROOT / "rlstab").glob("*/__init__.py")}
     others = rooms - {"trainers", "recipes"}
-    assert "trl" not in loaded("\n".join(f"import rlstab.{room}" for room in sorted(others)))
-    assert "trl" in loaded("import rlstab.trainers")
+    before, after = loaded("; ".join(f"import rlstab.{room}" for room in sorted(others)), "import rlstab.trainers")
+    assert "trl" not in before
+    assert "trl" in after
 
 
 @pytest.mark.parametrize("room", ["losses", "rollouts"])
