@@ -2,6 +2,7 @@
 
 import ast
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ ELSEWHERE = {
 }
 
 
+@cache
 def named() -> set[str]:
     """Every string in a test that is not this one."""
     trees = [ast.parse(path.read_text()) for path in TESTS.rglob("*.py") if path != Path(__file__)]

@@ -1,17 +1,14 @@
 """Rollouts come back from a file as they went, and a file is whole or not there."""
 
 import dataclasses
-import os
-import signal
-import subprocess
-import sys
-import textwrap
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from two_processes import PROCESSES
 
 from rlstab.errors import RecordError
 from rlstab.rollouts import (
@@ -89,28 +86,36 @@ def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
+def write_on(path: Path, sizes: Connection) -> None:
+    """Replace the file again and again by one whose size its tokens tell."""
+    for size in range(1, 10**6):
+        rollout = Rollout(
+            prompt_ids=torch.arange(40_000 + size),
+            token_ids=torch.arange(size),
+            loss_mask=torch.ones(size, dtype=torch.bool),
+            logprobs=torch.zeros(size),
+            weight_versions=torch.zeros(size, dtype=torch.int64),
+            engine="",
+            turns=(Turn("policy", 0, size),),
+            finish_reason="stop",
+            timing=Timing(waiting=0, generating=0),
+        )
+        save_rollouts(path, [rollout])
+        sizes.send(size)
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_a_kill_leaves_a_whole_file(tmp_path: Path, seed: int) -> None:
     """A writer that never stops is killed: what stands there is the work of one call."""
-    script = f"""
-        import torch
-        from rlstab.rollouts import Rollout, Timing, Turn, save_rollouts
-        for size in range(1, 10**6):
-            n = 40_000 + size
-            rollout = Rollout(
-                prompt_ids=torch.arange(n), token_ids=torch.arange(size), loss_mask=torch.ones(size, dtype=torch.bool),
-                logprobs=torch.zeros(size), weight_versions=torch.zeros(size, dtype=torch.int64), engine="",
-                turns=(Turn("policy", 0, size),), finish_reason="stop", timing=Timing(waiting=0, generating=0),
-            )
-            save_rollouts({str(tmp_path / "file")!r}, [rollout])
-            print(size, flush=True)
-    """
-    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True) as writer:
-        assert writer.stdout is not None
-        while int(writer.stdout.readline()) < 20 + 7 * seed:
-            pass
-        time.sleep(0.0004 * seed)
-        os.kill(writer.pid, signal.SIGKILL)
+    sizes, sender = PROCESSES.Pipe(duplex=False)
+    writer = PROCESSES.Process(target=write_on, args=(tmp_path / "file", sender), daemon=True)
+    writer.start()
+    sender.close()
+    while sizes.recv() < 20 + 7 * seed:
+        pass
+    time.sleep(0.0004 * seed)
+    writer.kill()
+    writer.join()
     (found,) = load_rollouts(tmp_path / "file")
     assert len(found.token_ids) >= 20 + 7 * seed
     assert found.prompt_ids.tolist() == list(range(40_000 + len(found.token_ids)))

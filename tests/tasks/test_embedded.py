@@ -154,20 +154,20 @@ def test_the_alphabet_makes_a_tokenizer_that_covers_the_task(task: EmbeddedTask)
 
 
 @every_task
-@pytest.mark.parametrize("noise", [0.0, 0.7, 1.0])
-def test_noise_is_the_share_of_demonstrations_with_one_wrong_digit(task: EmbeddedTask, noise: float) -> None:
-    n = 500
-    clean, noisy = task.demonstrations(n, seed=4), task.demonstrations(n, seed=4, noise=noise)
-    assert noisy["prompt"][:] == clean["prompt"][:]
+def test_noise_is_the_share_of_demonstrations_with_one_wrong_digit(task: EmbeddedTask) -> None:
+    clean = task.demonstrations(500, seed=4)
+    for noise, n in ((0.0, 100), (0.7, 500), (1.0, 100)):
+        noisy = task.demonstrations(n, seed=4, noise=noise)
+        assert noisy["prompt"][:] == clean["prompt"][:n]
 
-    changed = 0
-    for prompt, right, shown in zip(clean["prompt"], clean["completion"], noisy["completion"], strict=True):
-        differing = [index for index, (a, b) in enumerate(zip(right, shown, strict=True)) if a != b]
-        assert len(differing) <= 1, prompt
-        assert all(shown[index].isdigit() for index in differing), prompt
-        changed += len(differing)
-    spread = (noise * (1 - noise) / n) ** 0.5
-    assert abs(changed / n - noise) <= 4 * spread
+        changed = 0
+        for prompt, right, shown in zip(noisy["prompt"], clean["completion"][:n], noisy["completion"], strict=True):
+            differing = [index for index, (a, b) in enumerate(zip(right, shown, strict=True)) if a != b]
+            assert len(differing) <= 1, prompt
+            assert all(shown[index].isdigit() for index in differing), prompt
+            changed += len(differing)
+        spread = (noise * (1 - noise) / n) ** 0.5
+        assert abs(changed / n - noise) <= 4 * spread
 
 
 @every_task
