@@ -58,7 +58,15 @@ STUDIED_AGAIN: dict[str, Mode] = {
     **staleness.STUDIED_AGAIN,
 }
 """What was studied after that, each mode beginning with another model."""
-MODES = {**JUDGED, **STUDIED, **STUDIED_AGAIN, **learning_rate.SMALL}
+SIGNS: dict[str, Mode] = {
+    **healthy.SIGNS,
+    **lost_variety.SIGNS,
+    **reward_hacking.SIGNS,
+    **reference_drift.SIGNS,
+    **router_noise.SIGNS,
+}
+"""Modes whose early signs were looked for, and controls."""
+MODES = {**JUDGED, **STUDIED, **STUDIED_AGAIN, **learning_rate.SMALL, **SIGNS}
 ROUNDS, CONTROLS, FIRST_SEED = 7, 5, 100
 WARNED_OF = (
     *("staleness", "learning_rate", "gradient_spike", "stale_weights", "engine_precision"),
@@ -103,6 +111,21 @@ def _studied_again() -> Iterator[Setting]:
         )
 
 
+def _signs() -> Iterator[Setting]:
+    """Every strength of the modes with few early signs, and as many controls, on all tasks."""
+    models = (("sort4", 48, 1), ("sort3", 64, 1), ("sort5", 56, 1), ("sort4", 80, 1), ("sort3", 40, 1), ("sort4", 56, 2))
+    for strength in range(8):
+        for turn, (name, mode) in enumerate(SIGNS.items()):
+            for seed in (40, 50) if mode.control else (40,):
+                task, hidden, layers = models[(2 * turn + strength + seed // 10) % len(models)]
+                if name == "diversity_signs":
+                    task, hidden, layers = "countdown", 64, 2
+                if strength < len(mode.faults):
+                    yield Setting(
+                        mode=name, strength=strength, task=task, hidden=hidden, layers=layers, seed=seed + strength
+                    )
+
+
 def _final() -> Iterator[Setting]:
     kinds = list(healthy.MODES)
     for round_ in range(ROUNDS):
@@ -137,6 +160,7 @@ def _guarded() -> Iterator[Setting]:
 SETS = {
     "tuning": tuple(_tuning()),
     "studied": (*_studied(), *_studied_again()),
+    "signs": tuple(_signs()),
     "final": tuple(_final()),
     "guarded": tuple(_guarded()),
 }

@@ -22,4 +22,21 @@ KINDS = {
     "healthy_short_lag": Fault(changes={**PLAIN, "trainer.learning_rate": 2e-4}, engine={"lag": 1}),
     "healthy_experts": Fault(changes={**PLAIN, "model.init_args.experts": 8}, engine={"routes": True}),
 }
+SIGNS = {
+    "healthy_signs": Mode(
+        cause=None,
+        faults=[
+            Fault(changes={**PLAIN, "trainer.learning_rate": 2e-4}),
+            Fault(changes={"trainer.learning_rate": 2e-4}),
+            Fault(changes={**PLAIN, "trainer.learning_rate": 1.2e-4}),
+            Fault(changes={**PLAIN, "trainer.steps_per_generation": 2, "trainer.learning_rate": 2e-4}),
+            Fault(changes={**moving_reference, "trainer.learning_rate": 2e-4}),
+            Fault(changes={**PLAIN, "trainer.learning_rate": 2e-4}, engine={"change": partial(quantised, bits=9)}),
+            Fault(changes={**PLAIN, "trainer.learning_rate": 1.6e-4}, engine={"lag": 1}),
+            Fault(
+                changes={**PLAIN, "model.init_args.experts": 8, "trainer.learning_rate": 2e-4}, engine={"routes": True}
+            ),
+        ],
+    )
+}
 MODES = {name: Mode(cause=None, faults=[fault]) for name, fault in KINDS.items()}

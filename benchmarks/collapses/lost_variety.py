@@ -13,6 +13,14 @@ STUDIED = {
         cause="entropy_collapse", harms=[skill_lost, variety_lost], faults=[few(10, 6e-4), few(5, 7e-4), few(16, 4e-4)]
     )
 }
+SIGNS = {
+    "entropy_signs": Mode(
+        cause="entropy_collapse",
+        harms=[skill_lost, variety_lost],
+        faults=[few(7, 9e-4), few(3, 7e-4), few(5, 1e-3), few(2, 6e-4), few(10, 9e-4), few(4, 9e-4)],
+    ),
+    "diversity_signs": Mode(cause="diversity_collapse", harms=[variety_lost], faults=[few(24, 3e-4), few(16, 4e-4)]),
+}
 MODES = {
     "entropy": Mode(
         cause="entropy_collapse",

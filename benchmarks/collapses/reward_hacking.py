@@ -15,6 +15,13 @@ def paid_by_length(size: float, longest: int) -> Fault:
     return Fault(changes=changes, rewards=lambda task, seed: [task.reward, LongerIsBetter(size)])
 
 
+SIGNS = {
+    "hacking_signs": Mode(
+        cause="reward_hacking",
+        harms=[skill_lost],
+        faults=[leaking(leak) for leak in (0.75, 0.95, 0.7, 0.82, 0.88, 0.65)],
+    ),
+}
 MODES = {
     "hacking": Mode(
         cause="reward_hacking", harms=[skill_lost], faults=[leaking(leak) for leak in (0.6, 0.85, 0.9, 0.8)]

@@ -12,6 +12,13 @@ def noisy(size: float, learning_rate: float = 2.5e-4) -> Fault:
     return Fault(changes=changes, engine={"routes": True, "change": partial(noisy_routers, size=size)})
 
 
+SIGNS = {
+    "router_signs": Mode(
+        cause="router_drift",
+        harms=[reward_lost, skill_lost, sampler_worse],
+        faults=[noisy(2.0, 5e-4), noisy(2.5), noisy(3.5, 6e-4), noisy(5.0, 3.5e-4), noisy(2.0, 7e-4), noisy(6.0, 4e-4)],
+    )
+}
 MODES = {
     "router": Mode(
         cause="router_drift",
