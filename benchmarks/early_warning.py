@@ -30,8 +30,11 @@ from rich.table import Table
 
 from rlstab.monitors import Monitor
 from rlstab.record import RunFolder
+from rlstab.trainers._derived import Derived
 
 RULES = "default rules"
+HELD_OUT = "eval/pass@1"
+DERIVED = ("law/", "forecast/", "eval/reward_gap")
 
 
 def crossing(key: str, holds: Callable[[np.ndarray], np.ndarray]) -> Callable[[Rows], int | None]:
@@ -96,9 +99,10 @@ def judge(folder: Path) -> Verdict:
     rows = [(row.step, row.values) for row in RunFolder.open(folder).metrics().rows]
     harms = [] if mode.control else [harm(rows) for harm in mode.harms]
     training = [(step, values) for step, values in rows if REWARD in values or LOSS in values]
-    monitor, opened = Monitor(), []
-    for step, values in rows:
-        alarms = monitor.observe(step, values).alarms
+    monitor, derived, opened = Monitor(), Derived(), []
+    for step, values in by_step(rows):
+        follows = derived.examined(values) if HELD_OUT in values else derived.update(step, values, turn=step % 10 == 1)
+        alarms = monitor.observe(step, {**values, **follows}).alarms
         opened += [(a.step, a.cause) for a in alarms if a.change == "opened" and a.severity != "note"]
     first = {RULES: opened[0][0] if opened else None, **{name: bound(training) for name, bound in FIXED.items()}}
     return Verdict(
@@ -109,6 +113,18 @@ def judge(folder: Path) -> Verdict:
         alarms=opened,
         first=first,
     )
+
+
+def by_step(rows: Rows) -> Rows:
+    """The measurements of each step in one, then its evaluation; what follows from them is left to be derived anew.
+
+    So runs that were recorded before a signal was thought of are judged by it like those that came after.
+    """
+    found: dict[tuple[int, bool], dict[str, float]] = {}
+    for step, values in rows:
+        at = found.setdefault((step, any(key.startswith("eval/") for key in values)), {})
+        at |= {key: value for key, value in values.items() if not key.startswith(DERIVED)}
+    return [(step, found[step, evaluated]) for step, evaluated in sorted(found)]
 
 
 def wilson(hits: int, runs: int) -> tuple[float, float]:

@@ -1,8 +1,9 @@
-"""Which runs there are: two sets that thresholds may be chosen on, the one that they are judged on, and guarded ones.
+"""Which runs there are: three sets that thresholds may be chosen on, the one that they are judged on, and guarded ones.
 
 The final set differs from the tuning set in seed, task, depth of the model and strength of the fault, and from the
-studied one, which looks closer at modes that are hard to tell apart, in seed, model and strength. It is made in
-rounds, each with every mode and with controls, so that what is there after any round is balanced.
+studied one, which looks closer at modes that are hard to tell apart, and that of signs, which looks for early ones, in
+seed, model and strength. It is made in rounds, each with every mode and with controls, so that what is there after any
+round is balanced.
 """
 
 from __future__ import annotations
@@ -113,7 +114,14 @@ def _studied_again() -> Iterator[Setting]:
 
 def _signs() -> Iterator[Setting]:
     """Every strength of the modes with few early signs, and as many controls, on all tasks."""
-    models = (("sort4", 48, 1), ("sort3", 64, 1), ("sort5", 56, 1), ("sort4", 80, 1), ("sort3", 40, 1), ("sort4", 56, 2))
+    models = (
+        ("sort4", 48, 1),
+        ("sort3", 64, 1),
+        ("sort5", 56, 1),
+        ("sort4", 80, 1),
+        ("sort3", 40, 1),
+        ("sort4", 56, 2),
+    )
     for strength in range(8):
         for turn, (name, mode) in enumerate(SIGNS.items()):
             for seed in (40, 50) if mode.control else (40,):

@@ -1,9 +1,11 @@
-"""Laws that a run's numbers are held against: reward against the square root of KL, and trends towards a bound."""
+"""Laws that a run's numbers are held against: reward against √KL or held-out reward, and trends towards a bound."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from statistics import fmean
+from typing import Any
 
 from rlstab.monitors._checks import check
 
@@ -57,6 +59,75 @@ class RewardKLLaw:
     def load_state_dict(self, state: Sequence[Sequence[float]]) -> None:
         """Go on from a checkpoint."""
         self._points = [(point[0], point[1]) for point in state]
+
+
+@dataclass(kw_only=True, eq=False)
+class HeldOutGap:
+    r"""How much more the training reward has gained than the held-out one, in spreads of the training reward.
+
+    $$\frac{(R_t - R_0) - (E_t - E_0)}{\sigma_0}$$
+
+    $E_0$ is the first held-out reward, $R_0$ and $\sigma_0$ are mean and spread of the training reward over the first
+    steps after it, $R_t$ is its mean over the steps before the held-out reward $E_t$. Both gains count from their own
+    start, so that held-out prompts of another difficulty make no gap; what is learned by heart does, and so does a
+    reward that is won without doing the task.
+
+    Args:
+        window: steps that the training reward is averaged over.
+
+    Raises:
+        ConfigError: a number is out of its range.
+
+    >>> law = HeldOutGap(window=2)
+    >>> law.examine(0.4) is None
+    True
+    >>> for reward in (0.5, 0.5, 0.9, 0.9):
+    ...     law.observe(reward, 0.5)
+    >>> round(law.examine(0.4), 6)
+    0.8
+    """
+
+    window: int = 10
+    _held_out: float | None = field(init=False, default=None)
+    _first: list[tuple[float, float]] = field(init=False, default_factory=list)
+    _last: list[float] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        check(self.window >= 1, "HeldOutGap.window", "at least 1 step", self.window)
+
+    def observe(self, reward: float, spread: float) -> None:
+        """Take the mean training reward of a step and its spread. What is not finite is passed over."""
+        if not (math.isfinite(reward) and math.isfinite(spread)):
+            return
+        self._last = [*self._last, reward][-self.window :]
+        if self._held_out is not None and len(self._first) < self.window:
+            self._first.append((reward, spread))
+
+    def examine(self, held_out: float) -> float | None:
+        """Take a mean held-out reward.
+
+        Returns:
+            The gap; None where there is nothing yet to compare, or the reward did not vary at the start.
+        """
+        if not math.isfinite(held_out):
+            return None
+        if self._held_out is None:
+            self._held_out = held_out
+        if len(self._first) < self.window:
+            return None
+        rewards, spreads = zip(*self._first, strict=True)
+        if not fmean(spreads) > 0:
+            return None
+        return ((fmean(self._last) - fmean(rewards)) - (held_out - self._held_out)) / fmean(spreads)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has to hold."""
+        return {"held_out": self._held_out, "first": [list(pair) for pair in self._first], "last": list(self._last)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._held_out, self._last = state["held_out"], list(state["last"])
+        self._first = [(pair[0], pair[1]) for pair in state["first"]]
 
 
 @dataclass(kw_only=True, eq=False)

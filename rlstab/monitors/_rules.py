@@ -48,8 +48,9 @@ CAUSES: dict[str, Cause] = {
     "saturation": Cause("most groups teach nothing", "use harder prompts, or filter those that are always solved"),
     "reward": Cause("the reward falls", "go back to a checkpoint before the fall and lower the learning rate"),
     "held_out": Cause(
-        "the held-out score falls",
-        "look at completions with much reward: where it is won without doing the task, mend the reward; else stop here",
+        "the held-out score falls, or stays behind the reward",
+        "look at completions with much reward: where it is won without doing the task, mend the reward; where prompts "
+        "are learned by heart, use more of them; else stop here",
     ),
     "length": Cause(
         "the completions change their length", "look at completions that are cut; bound or penalise length"
@@ -140,7 +141,7 @@ def default_rules(*, act: bool = False) -> tuple[Rule, ...]:
 
 
 def _of_numbers(skip: Action, back: Action) -> Sequence[Rule]:
-    norm = Spike(scale="log", floor=1e-6, least_spread=0.1)
+    norm = Spike(scale="log", floor=1e-6, least_spread=0.1, limit=8.0)
     broken = Rule(
         signal="step/bad_gradients",
         detector=Level(above=0.0, steps=1),
@@ -161,6 +162,7 @@ def _of_mismatch(back: Action) -> Sequence[Rule]:
     return (
         Rule(signal="mismatch/k3", detector=Level(above=0.2, clear=0.1, growth=3.0, start=3)),
         Rule(signal="mismatch/f2", detector=Level(above=0.1, clear=0.05, growth=3.0, start=3)),
+        Rule(signal="mismatch/k3", detector=Level(above=0.5, clear=0.3)),
         Rule(
             signal="mismatch/k3",
             detector=Level(above=0.5, clear=0.3, growth=3.0, start=3),
@@ -182,9 +184,11 @@ def _of_drift(slow: Action, back: Action) -> Sequence[Rule]:
 
 def _of_policy(back: Action) -> Sequence[Rule]:
     sinking = Drift(side="low", window=40, renew=True, least_spread=0.05)
+    nearing = Level(below=100.0, growth=1.05, start=1, steps=1)
     return (
+        Rule(signal="forecast/policy/entropy", detector=nearing, cause="exploration"),
         Rule(signal="policy/entropy", detector=Level(below=0.05, clear=0.08, growth=5.0, steps=5), cause="exploration"),
-        Rule(signal="policy/entropy", detector=Level(above=0.5, growth=2.0, steps=5), cause="exploration"),
+        Rule(signal="policy/entropy", detector=Level(above=0.1, growth=1.1, start=5, steps=2), cause="exploration"),
         Rule(signal="train/frac_reward_zero_std", detector=Level(above=0.8, clear=0.7, steps=10), cause="saturation"),
         Rule(signal="train/reward", detector=sinking, cause="reward"),
         Rule(
@@ -200,7 +204,10 @@ def _of_policy(back: Action) -> Sequence[Rule]:
 def _of_held_out(back: Action) -> Sequence[Rule]:
     fallen = Fall(share=0.85, window=2, noise=4.0)
     scores = ("eval/pass@1", "eval/reward")
-    return [Rule(signal=key, detector=fallen, severity="critical", action=back, cause="held_out") for key in scores]
+    return (
+        Rule(signal="eval/reward_gap", detector=Level(above=0.25, clear=0.15, steps=1), cause="held_out"),
+        *(Rule(signal=key, detector=fallen, severity="critical", action=back, cause="held_out") for key in scores),
+    )
 
 
 def _of_completions() -> Sequence[Rule]:

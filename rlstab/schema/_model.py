@@ -219,6 +219,14 @@ EVALUATION = (
             cost=_EVALUATION_COST,
         )
     ),
+    Signal(
+        "eval/reward_gap",
+        "how much more the training reward has gained than the held-out one",
+        formula="((R_t − R_0) − (E_t − E_0)) / σ_0, E eval/reward, R and σ 10-step means of train/reward and its std",
+        unit="σ_0",
+        direction="lower",
+        cadence=_EVALUATIONS,
+    ),
     *with_se(
         Signal(
             "eval/entropy",

@@ -294,7 +294,7 @@ LAWS = (
     ),
     Signal(
         "forecast/<metric>",
-        "optimizer steps until the trend of <metric> crosses its bound; absent while no trend leads there",
+        "optimizer steps until the trend of <metric> crosses its bound; absent while none does, infinite when it ends",
         formula="(ln bound − line now) / slope of a line through 20 values of ln <metric>, slope > 4 standard errors",
         unit="steps",
         direction="higher",

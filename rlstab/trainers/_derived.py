@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from rlstab.losses import EntropyLaw
-from rlstab.monitors import Crossing, RewardKLLaw
+from rlstab.monitors import Crossing, HeldOutGap, RewardKLLaw
 
 __all__ = ["BOUNDS", "Bound", "Derived"]
 
-ENTROPY, REWARD, KL = "policy/entropy", "train/reward", "drift/initial/kl"
+ENTROPY, REWARD, SPREAD, KL = "policy/entropy", "train/reward", "train/reward_std", "drift/initial/kl"
+HELD_OUT = "eval/reward"
 
 
 class Bound(NamedTuple):
@@ -41,8 +42,10 @@ class Derived:
     def __init__(self) -> None:
         self._law = EntropyLaw()
         self._price = RewardKLLaw()
+        self._gap = HeldOutGap()
         self._crossings = {key: Crossing(bound=b.value, rising=b.rising) for key, b in BOUNDS.items()}
         self._rewards: list[float] = []
+        self._leading: set[str] = set()
 
     def update(self, step: int, values: Mapping[str, float], *, turn: bool) -> dict[str, float]:
         """Take the numbers of a step.
@@ -55,11 +58,24 @@ class Derived:
         Returns:
             What follows from them, by schema key; what is not known yet is absent.
         """
+        if REWARD in values and SPREAD in values:
+            self._gap.observe(values[REWARD], values[SPREAD])
         found = self._of_entropy(values) | self._of_distance(values)
         for key, crossing in self._crossings.items() if turn else ():
-            if key in values and (left := crossing.observe(step, values[key])) is not None:
-                found[f"forecast/{key}"] = left
+            if key in values:
+                found |= self._forecast(key, crossing.observe(step, values[key]))
         return found
+
+    def _forecast(self, key: str, left: float | None) -> dict[str, float]:
+        """What a trend foretells; infinity, once, where it no longer leads to the bound."""
+        led = key in self._leading
+        (self._leading.discard if left is None else self._leading.add)(key)
+        return {} if left is None and not led else {f"forecast/{key}": math.inf if left is None else left}
+
+    def examined(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Take the numbers of an evaluation; what follows from them and the steps before."""
+        gap = self._gap.examine(values[HELD_OUT]) if HELD_OUT in values else None
+        return {} if gap is None else {"eval/reward_gap": gap}
 
     def _of_entropy(self, values: Mapping[str, float]) -> dict[str, float]:
         if ENTROPY not in values or REWARD not in values:
@@ -91,14 +107,17 @@ class Derived:
         return {
             "law": self._law.state_dict(),
             "price": self._price.state_dict(),
+            "gap": self._gap.state_dict(),
             "crossings": {key: crossing.state_dict() for key, crossing in self._crossings.items()},
             "rewards": list(self._rewards),
+            "leading": sorted(self._leading),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
         self._law.load_state_dict(state["law"])
         self._price.load_state_dict(state["price"])
+        self._gap.load_state_dict(state["gap"])
         for key, crossing in self._crossings.items():
             crossing.load_state_dict(state["crossings"][key])
-        self._rewards = list(state["rewards"])
+        self._rewards, self._leading = list(state["rewards"]), set(state["leading"])

@@ -129,6 +129,10 @@ class Measuring:
         self.new = {key: values[key] for key in mine}
         return values
 
+    def examined(self, values: Mapping[str, float]) -> dict[str, float]:
+        """What follows from the numbers of an evaluation."""
+        return self._derived.examined(values)
+
     def _left(self, step: int, model: nn.Module, brought: dict[str, float]) -> dict[str, Tensor]:
         """What is still on the device: nothing, as a rule, where the trainer has brought it with its own numbers."""
         if not isinstance(self._trainer, StableGRPOTrainer):

@@ -235,8 +235,13 @@ class Watch(TrainerCallback, ExportableState, StepReader):
         self._show(step, {signal(key).key: value for key, value in values.items()})
 
     def _show(self, step: int, numbers: dict[str, float]) -> None:
-        several = PartialState().num_processes > 1
-        self._look(step, broadcast(numbers) if several else numbers, open_step=False)
+        """Let the rules see numbers from outside a step, and what follows from those of an evaluation."""
+        if PartialState().num_processes > 1:
+            numbers = broadcast(numbers)
+        derived = self._measuring.examined(numbers)
+        if self._run is not None and self._main and derived:
+            self._run.append_metrics(step, derived)
+        self._look(step, numbers | derived, open_step=False)
 
     def _look(self, step: int, values: Mapping[str, float], *, open_step: bool = True) -> bool:
         """Let the rules see the numbers; whether the step is to be left out, which one that is over cannot be."""

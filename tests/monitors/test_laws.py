@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlstab.errors import ConfigError
-from rlstab.monitors import Crossing, RewardKLLaw
+from rlstab.monitors import Crossing, HeldOutGap, RewardKLLaw
 from rlstab.monitors._laws import line
 
 
@@ -45,6 +45,38 @@ class TestRewardKL:
     def test_bad_numbers_are_refused(self) -> None:
         with pytest.raises(ConfigError, match=r"RewardKLLaw\.window: expected at least least=5, got 4"):
             RewardKLLaw(window=4)
+
+
+class TestHeldOutGap:
+    def test_gains_are_compared_from_their_own_starts(self) -> None:
+        """Held-out prompts are harder from the start, which is no gap; what training alone gains is one."""
+        law = HeldOutGap()
+        law.observe(0.1, 9.0)  # before the first held-out score: not what is compared with
+        assert law.examine(0.2) is None
+        for step in range(40):
+            law.observe(0.5 + 0.01 * step, 0.4)
+            if step == 8:
+                assert law.examine(0.3) is None
+        now, start = 0.5 + 0.01 * 34.5, 0.5 + 0.01 * 4.5
+        assert law.examine(0.5) == pytest.approx(((now - start) - (0.5 - 0.2)) / 0.4)
+        assert law.examine(0.2) == pytest.approx((now - start) / 0.4)
+        assert law.examine(math.nan) is None
+
+    def test_a_state_goes_on(self) -> None:
+        law, other = HeldOutGap(window=2), HeldOutGap(window=2)
+        law.examine(0.1)
+        for reward, spread in ((0.2, 0.5), (math.nan, 0.5), (0.4, 0.3), (0.6, 0.1)):
+            law.observe(reward, spread)
+        other.load_state_dict(law.state_dict())
+        assert other.examine(0.2) == law.examine(0.2) == pytest.approx((0.5 - 0.3 - 0.1) / 0.4)
+
+    def test_without_a_spread_there_is_no_unit(self) -> None:
+        law = HeldOutGap(window=1)
+        law.examine(0.1)
+        law.observe(1.0, 0.0)
+        assert law.examine(0.1) is None
+        with pytest.raises(ConfigError, match=r"HeldOutGap\.window: expected at least 1 step, got 0"):
+            HeldOutGap(window=0)
 
 
 class TestCrossing:

@@ -19,7 +19,7 @@ def run(steps: int) -> list[dict[str, float]]:
     rows = []
     for step in range(1, steps + 1):
         entropy = 2.0 * 0.98**step
-        row = {"policy/entropy": entropy, "train/reward": 0.9 - 0.1 * math.exp(entropy)}
+        row = {"policy/entropy": entropy, "train/reward": 0.9 - 0.1 * math.exp(entropy), "train/reward_std": 0.4}
         if (step - 1) % 10 == 0:
             row |= {"drift/initial/kl": (0.01 * step) ** 2, "attention/logit_max": 5.0 * 1.02**step}
         rows.append(row)
@@ -44,8 +44,19 @@ def test_the_laws_are_found() -> None:
     assert found[110]["forecast/policy/entropy"] == left
 
 
+def test_a_trend_that_ends_is_said_to_once() -> None:
+    derived = Derived()
+    falling, risen = [2.0 * 0.98**step for step in range(100)], [2.0] * 40
+    found = [derived.update(i + 1, {"policy/entropy": h}, turn=i % 10 == 0) for i, h in enumerate(falling + risen)]
+    forecasts = [row["forecast/policy/entropy"] for row in found if row]
+    assert forecasts[0] == pytest.approx(math.log(0.05 / falling[70]) / math.log(0.98))
+    assert [left for left in forecasts if math.isinf(left)] == forecasts[3:] == [math.inf]
+
+
 def test_a_resumed_run_goes_on() -> None:
     whole, first, second, rows = Derived(), Derived(), Derived(), run(100)
+    for derived in (whole, first):
+        assert derived.examined({"eval/reward": 0.3}) == {}
     for i, row in enumerate(rows[:-1]):
         whole.update(i + 1, row, turn=i % 10 == 0)
         if i < 55:
@@ -54,6 +65,8 @@ def test_a_resumed_run_goes_on() -> None:
     for i, row in enumerate(rows[55:-1], start=55):
         second.update(i + 1, row, turn=i % 10 == 0)
     assert second.update(100, rows[-1], turn=True) == whole.update(100, rows[-1], turn=True) != {}
+    assert second.examined({"eval/reward": 0.3}) == whole.examined({"eval/reward": 0.3}) != {}
+    assert whole.examined({"eval/pass@1": 0.3}) == {}
 
 
 def test_a_watched_run_has_them(tmp_path: Path) -> None:

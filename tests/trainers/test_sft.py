@@ -16,6 +16,7 @@ from peft import PromptTuningConfig, TaskType
 from small_runs import TOKENIZER, assert_same_weights, lora, tiny_adapted, tiny_policy, weights, without_times
 from test_exact_training import phi
 from torch import Tensor
+from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from rlstab.batch import TokenBatch
@@ -40,7 +41,8 @@ from rlstab.losses import (
     presets,
 )
 from rlstab.models import tiny_moe
-from rlstab.trainers import SFTConfig, TrustRegionSFTTrainer
+from rlstab.monitors import Level, RollBack, Rule
+from rlstab.trainers import Guard, SFTConfig, TrustRegionSFTTrainer, watch
 
 PAIRS = {
     "prompt": [f"{i * 7919 % 1000}=" for i in range(32)],
@@ -279,6 +281,33 @@ def test_resuming_follows_the_same_trajectory(tmp_path: Path) -> None:
     other = sft(tmp_path / "c", SFT(), **shared)
     with pytest.raises(ConfigError, match="controllers"):
         other.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+
+
+def test_going_back_takes_the_earlier_policy_and_the_coefficients_along(tmp_path: Path) -> None:
+    objective = Objective(p=PSFT(high=0.02, coef=Linear(start=1.0, end=0.1, steps=5)), c=CHORD(coef=0.5))
+    trainer = sft(tmp_path, objective, ours={"snapshot_every": 2}, max_steps=4)
+    start, untouched = weights(trainer), objective.state_dict()
+    moved: list[tuple[dict[str, Tensor], dict[str, Any]]] = []
+
+    class Look(TrainerCallback):
+        """What there is to undo, before the step that goes back ends."""
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                old = trainer._snapshots["old"].state_dict()
+                moved.append(({name: kept.clone() for name, kept in old.items()}, objective.state_dict()))
+
+    back = Rule(signal="step/loss", detector=Level(above=-1e9, steps=4), action=RollBack(remedy=None), cause="numerics")
+    watch(trainer, [back], guard=Guard(checkpoints=False))
+    trainer.add_callback(Look())
+    trainer.train()
+    assert_same_weights(weights(trainer), start)
+    kept = trainer._snapshots["old"].state_dict()
+    assert all(torch.equal(kept[str(i)], weight) for i, weight in enumerate(start.values()))
+    assert objective.state_dict() == untouched
+    ((old, coefficients),) = moved
+    assert coefficients != untouched
+    assert any(not torch.equal(old[name], weight) for name, weight in kept.items())
 
 
 def test_a_snapshot_at_every_step_leaves_the_clip_inert(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
