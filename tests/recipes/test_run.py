@@ -179,6 +179,7 @@ def command(log: Path, *words: str) -> int:
 
 
 def ended(log: Path, *words: str) -> NoReturn:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job started in the background may ignore it
     sys.exit(command(log, *words))
 
 

@@ -103,10 +103,10 @@ def test_what_a_program_leaves_behind_is_killed(tmp_path: Path) -> None:
 
 
 def test_a_process_that_keeps_the_report_open_does_not_block(scorer: UnitTests) -> None:
-    program = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(5)\n    os._exit(0)"
+    program = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(30)\n    os._exit(0)"
     start = time.monotonic()
     assert scorer.score(program, "assert True") == 1.0
-    assert time.monotonic() - start < 4
+    assert time.monotonic() - start < 25
 
 
 def eventually_gone(pid: int) -> bool:
