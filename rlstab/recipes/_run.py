@@ -38,6 +38,7 @@ from rlstab.trainers import (
     SFTConfig,
     StableGRPOTrainer,
     TrustRegionSFTTrainer,
+    Watch,
     latest_checkpoint,
 )
 
@@ -158,6 +159,7 @@ class _Run:
         self.folder = folder
         self.console = console
         self.trainer: StableGRPOTrainer | TrustRegionSFTTrainer | None = None
+        self.watcher: Watch | None = None
         #: Whether no process holds the whole policy, so that none can sample from it by itself.
         self.sharded = Sharding.of_launch().weights > 1
         self.exam = HeldOutExam(
@@ -202,13 +204,21 @@ class _Run:
         trainer = self._made(callbacks)
         trainer.remove_callback(PrinterCallback)
         self.updates.attach(trainer)
-        if self.folder is not None and recipe.evaluation.every is not None and not self.sharded:
+        if recipe.evaluation.every is not None and not self.sharded:
             policy, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
-            append = self.folder.append_metrics
             trainer.add_callback(
-                Periodically(recipe.evaluation.every, lambda step: append(step, self.exam.take(policy, tokenizer)[0]))
+                Periodically(recipe.evaluation.every, lambda step: self._examine(step, policy, tokenizer))
             )
         return trainer
+
+    def _examine(self, step: int, policy: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Evaluate the policy on the way, in one process, and show the watch of all what was found."""
+        values: dict[str, float] = {}
+        if self.folder is not None:
+            values, _ = self.exam.take(policy, tokenizer)
+            self.folder.append_metrics(step, values)
+        if self.watcher is not None:
+            self.watcher.show(step, values)
 
     def _made(self, callbacks: list[Any]) -> StableGRPOTrainer | TrustRegionSFTTrainer:
         """The trainer, on rollouts or on demonstrations."""
@@ -216,7 +226,10 @@ class _Run:
         if isinstance(args, SFTConfig):
             assert recipe.supervised is not None
             with host_errors():
-                return supervised_trainer(recipe, recipe.supervised, args, self._start, self.folder, callbacks)
+                trainer, self.watcher = supervised_trainer(
+                    recipe, recipe.supervised, args, self._start, self.folder, callbacks
+                )
+                return trainer
         data = recipe.task.prompts(recipe.prompts, split="train", seed=recipe.seed)
         data, others = beside(recipe, args, data, self._start, self.output / "buffer")
         model, tokenizer = self._start()

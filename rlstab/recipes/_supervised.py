@@ -10,7 +10,7 @@ from transformers import set_seed
 from rlstab.errors import RecipeError
 from rlstab.record import RunFolder
 from rlstab.tasks import EmbeddedTask
-from rlstab.trainers import GRPOConfig, ProgressCallback, SFTConfig, Signals, TrustRegionSFTTrainer, watch
+from rlstab.trainers import GRPOConfig, ProgressCallback, SFTConfig, Signals, TrustRegionSFTTrainer, Watch, watch
 
 if TYPE_CHECKING:
     from rlstab.recipes._models import LoadedModel
@@ -150,8 +150,8 @@ def supervised_trainer(
     start: "Callable[[], LoadedModel]",
     folder: RunFolder | None,
     callbacks: list[Any],
-) -> TrustRegionSFTTrainer:
-    """The trainer of a recipe, watched; its numbers go into the run folder."""
+) -> tuple[TrustRegionSFTTrainer, Watch]:
+    """The trainer of a recipe, and the watch that puts its numbers into the run folder."""
     data = demonstrations_of(recipe, supervised)
     model, tokenizer = start()
     set_seed(recipe.seed)
@@ -165,5 +165,4 @@ def supervised_trainer(
         callbacks=callbacks,
         peft_config=None if recipe.adapter is None else recipe.adapter.config(),
     )
-    watch(trainer, run=folder)
-    return trainer
+    return trainer, watch(trainer, run=folder)

@@ -75,6 +75,11 @@ def test_a_stopped_run_ends_where_a_whole_one_does(tmp_path: Path, monkeypatch: 
     expected = [row.values["step/loss"] for row in whole.folder.metrics().rows]
     assert [row.values["step/loss"] for row in rows] == expected
     ends = [latest_checkpoint(run.folder.checkpoints) for run in (whole, parts)]
+    for end in ends:  # the rules have seen the exams on the way
+        assert end is not None
+        state = json.loads((end / "trainer_state.json").read_text())["stateful_callbacks"]["Watch"]["watch"]["monitor"]
+        seen = {rule.split("'")[1] for rule, was in zip(state["rules"], state["seen"], strict=True) if was}
+        assert {"eval/pass@1", "eval/reward", "step/loss"} <= seen
     weights = [load_file(end / "adapter_model.safetensors") for end in ends if end is not None]
     assert len(weights) == 2
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
