@@ -36,6 +36,7 @@ pytestmark = pytest.mark.ray
 
 REQUESTS = [Request(prompt_ids=[3 + place % 13, 5]) for place in range(40)]
 LONG = Sampling(max_new_tokens=200, stop_ids=(), seed=7)
+SHORT = Sampling(max_new_tokens=50, stop_ids=(), seed=7)
 
 Events = list[tuple[str, Mapping[str, object]]]
 
@@ -106,12 +107,12 @@ def test_a_death_in_generation_changes_no_sample(pool: RayEnginePool, events: Ev
 def test_an_engine_that_hangs_is_killed_and_may_be_left_out(pool: RayEnginePool, events: Events) -> None:
     until_all_live(pool)
     began = time.monotonic()
-    undisturbed = pool.generate(REQUESTS, LONG)
+    undisturbed = pool.generate(REQUESTS, SHORT)
     took = time.monotonic() - began  # a busy machine is no hang
     pool._workers._patience, pool._workers._restarts = 3 + 4 * took, 0
     hanging = psutil.Process(process_of(pool, 0))
     soon(took / 4, hanging.suspend)
-    rollouts = pool.generate(REQUESTS, LONG)
+    rollouts = pool.generate(REQUESTS, SHORT)
     pool._workers._patience, pool._workers._restarts = 60.0, 3
     assert tokens(rollouts) == tokens(undisturbed)
     (kind, fields), *others = events
@@ -123,8 +124,8 @@ def test_an_engine_that_hangs_is_killed_and_may_be_left_out(pool: RayEnginePool,
     with pytest.raises(ConfigError, match="size 0; expected at least 1"):
         pool.resize(0)
     pool.resize(2)
-    assert tokens(pool.generate(REQUESTS, LONG)) == tokens(rollouts)
-    assert {rollout.engine for rollout in pool.generate(REQUESTS, LONG)} == {"ray-1", "ray-2"}
+    assert tokens(pool.generate(REQUESTS, SHORT)) == tokens(rollouts)
+    assert {rollout.engine for rollout in pool.generate(REQUESTS, SHORT)} == {"ray-1", "ray-2"}
 
 
 def test_a_death_in_a_sync_leaves_no_engine_behind(pool: RayEnginePool, events: Events, model: PreTrainedModel) -> None:
