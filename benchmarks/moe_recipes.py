@@ -40,7 +40,7 @@ from rlstab.record import RunFolder
 from rlstab.rollouts import TransformersEngine
 from rlstab.trainers import Replay
 
-COLORS = ("#c44e52", "#dd8452", "#4c72b0", "#55a868", "#8172b3", "#937860")
+COLORS = ("#c44e52", "#dd8452", "#4c72b0", "#55a868", "#8172b3")
 CURVES = {
     "reward": "train/reward",
     "k3": "mismatch/k3",
@@ -76,8 +76,11 @@ class Setting:
 
 PLAIN = {"GRPO": Arm(objective=presets.grpo), "GSPO": Arm(objective=presets.gspo)}
 R3 = {"GRPO + R3": Arm(objective=presets.grpo, replay="R3"), "GSPO + R3": Arm(objective=presets.gspo, replay="R3")}
-R2 = {"GRPO + R2": Arm(objective=presets.grpo, replay="R2"), "GSPO + R2": Arm(objective=presets.gspo, replay="R2")}
-RSPO = {"GMPO": Arm(objective=presets.gmpo), "RSPO": Arm(objective=presets.rspo)}
+SHIFT = {
+    "GRPO + R2": Arm(objective=presets.grpo, replay="R2"),
+    "GMPO": Arm(objective=presets.gmpo),
+    "RSPO": Arm(objective=presets.rspo),
+}
 SETTINGS = {
     "noisy": Setting(
         engine=partial(DisturbedEngine, disturbance=noise(2.0)),
@@ -95,7 +98,7 @@ SETTINGS = {
         updates=8,
         epochs=4,
         learning_rate=1e-3,
-        arms=PLAIN | R2 | RSPO,
+        arms=PLAIN | SHIFT,
     ),
 }
 
@@ -204,7 +207,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--arms", nargs="+", help="only these methods")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=96)
     parser.add_argument("--rows", type=int, default=64, help="completions per update")
     parser.add_argument("--warmup", type=int, default=300, help="steps of supervised warm-up")
     parser.add_argument("--json", type=Path, required=True)
