@@ -122,8 +122,9 @@ def by_step(rows: Rows) -> Rows:
     """
     found: dict[tuple[int, bool], dict[str, float]] = {}
     for step, values in rows:
-        at = found.setdefault((step, any(key.startswith("eval/") for key in values)), {})
-        at |= {key: value for key, value in values.items() if not key.startswith(DERIVED)}
+        for key, value in values.items():
+            if not key.startswith(DERIVED):
+                found.setdefault((step, key.startswith("eval/")), {})[key] = value
     return [(step, found[step, evaluated]) for step, evaluated in sorted(found)]
 
 

@@ -73,6 +73,20 @@ def test_what_comes_without_a_sign_is_dated_and_left_out_of_the_share(figures: d
     assert (sudden["harm"], sudden["first"]["default rules"]) == (40, 40)
 
 
+def test_an_evaluation_is_shown_after_its_step(harms: ModuleType) -> None:
+    """What was derived when a run was recorded is left out: it is derived anew."""
+    rows = [
+        (2, {"eval/pass@1": 0.5, "train/reward": 0.4, "law/ceiling": 0.9}),
+        (1, {"train/reward": 0.3}),
+        (2, {"a": 1.0}),
+    ]
+    assert importlib.import_module("early_warning").by_step(rows) == [
+        (1, {"train/reward": 0.3}),
+        (2, {"train/reward": 0.4, "a": 1.0}),
+        (2, {"eval/pass@1": 0.5}),
+    ]
+
+
 @pytest.fixture(scope="module")
 def harms() -> Iterator[ModuleType]:
     sys.path.insert(0, str(SCRIPT.parent))
