@@ -390,9 +390,16 @@ print(*(b - a for a, b in (*zip(start, middle), *zip(middle, now()))))
 
 
 def measure_import(module: str, processes: int) -> dict[str, Any]:
-    """Seconds of torch, and of what the module adds to it, in fresh processes: of the processor, and by the wall."""
+    """Seconds of torch, and of what the module adds to it, in fresh processes: of the processor, and by the wall.
+
+    A process before them leaves the bytecode, as any first import does.
+    """
     code = [sys.executable, "-c", IMPORT_CODE.format(module=module)]
-    runs = [subprocess.run(code, capture_output=True, text=True, check=True).stdout.split() for _ in range(processes)]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
+    _, *runs = (
+        subprocess.run(code, capture_output=True, text=True, check=True, env=environment).stdout.split()
+        for _ in range(1 + processes)
+    )
     torch_wall, torch_cpu, added_wall, added_cpu = (
         spread([float(x) for x in column]) for column in zip(*runs, strict=True)
     )

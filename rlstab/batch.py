@@ -36,6 +36,7 @@ Scope = Literal["step", "generation", "micro_batch"]
 COLUMNS = ("advantages", "rewards", "baseline", "group", "token_ids", "truncated", "router_log_ratios")
 
 FAR = 1e18  # more nats than tokens have: as no log-prob is above 0, each is above their sum
+NEAR = 40.0  # nats; e^NEAR, and its square, fit float32 with room for a factor
 
 
 @dataclass(frozen=True)
@@ -249,6 +250,24 @@ class TokenBatch:
             self._found[source] = self.logp(source).detach().sum().item() > -FAR
         return self._found[source]
 
+    def apart(self, source: str, other: str) -> Float[Tensor, "B T"]:
+        """The log-ratio of two sources per token, without gradient."""
+        return self.once(
+            f"{source} over {other}", lambda batch: batch.logp(source).detach() - batch.logp(other).detach()
+        )
+
+    def close(self, source: str, other: str) -> bool:
+        """Whether all tokens are known to have a log-prob under both sources, in a ratio that fits any dtype.
+
+        Their ratio, its inverse and a product of two are then finite without a bound.
+        """
+        key = f"{source} close to {other}"
+        if key not in self._found:
+            self._found[key] = self.readable and _all_within(self.apart(source, other), NEAR)
+            if self._found[key]:
+                self._found[self.recorded(source)] = self._found[self.recorded(other)] = True
+        return self._found[key]
+
     def recorded(self, source: str) -> str:
         """`source`, or the policy in place of an `old` that was not recorded (on policy)."""
         return "policy" if source == "old" and source not in self.logps else source
@@ -356,3 +375,11 @@ class TokenBatch:
             raise ShapeError(f"sizes: expected a sum of {self.mask.shape[0]} rows, got {list(sizes)}")
         ends = torch.tensor(list(sizes)).cumsum(0).tolist()
         return [self.select(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+
+
+def _all_within(values: Tensor, limit: float) -> bool:
+    """Whether the largest magnitude is below `limit`; reads a number. False where one is NaN, or there is none."""
+    if not values.numel():
+        return False
+    low, high = values.aminmax()
+    return low.item() > -limit and high.item() < limit

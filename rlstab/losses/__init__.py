@@ -37,7 +37,7 @@ from rlstab.losses._constraint import ConstraintKL, Satisfied
 from rlstab.losses._controllers import Controller, EntropyTarget, Linear
 from rlstab.losses._covariance import KLCov, TopCovariance
 from rlstab.losses._covariance_band import ClipCov, CovarianceSample, EntropyCovariance, MeanCovariance
-from rlstab.losses._divergence import Divergence, Estimate, warn_overflow
+from rlstab.losses._divergence import Divergence, warn_overflow
 from rlstab.losses._divergences import (
     AlphaDivergence,
     ChiSquared,
@@ -54,6 +54,7 @@ from rlstab.losses._divergences import (
 )
 from rlstab.losses._entropy import EntropyBonus, KeptShare
 from rlstab.losses._entropy_law import EntropyLaw
+from rlstab.losses._estimate import Estimate
 from rlstab.losses._exact import CauchySchwarz, exact_divergence, exact_kl, exact_statistics
 from rlstab.losses._expert import (
     EXPERT_PREFIX,

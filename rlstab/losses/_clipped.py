@@ -10,6 +10,7 @@ from torch import Tensor
 from rlstab.batch import TokenBatch
 from rlstab.errors import ConfigError, ShapeError
 from rlstab.losses._checks import check_positive, check_range
+from rlstab.losses._estimate import Estimate
 from rlstab.losses._mean import Mean, MeanField
 from rlstab.losses._metrics import Metric
 from rlstab.losses._ratio import TokenRatio, masked_row_mean, ratio_of, scored_logp
@@ -189,7 +190,7 @@ class CISPO(RatioSurrogate):
 
     def surrogate(self, batch: TokenBatch) -> tuple[Float[Tensor, "B T"], dict[str, Metric]]:
         """The weighted log-probs."""
-        ratio = ratio_of(self.ratio.log_ratio(batch).detach())  # sg(r): a weight
+        ratio = self.ratio.bounded(batch).exp()  # sg(r): a weight
         advantages = batch.token_advantages()
         loss = ratio.clamp(self.min, self.max) * -advantages * scored_logp(batch, "policy")
         metrics: dict[str, Metric] = {"ratio_max": ratio_max(ratio, batch)}
@@ -201,15 +202,19 @@ class CISPO(RatioSurrogate):
 
 def sapo_surrogate(
     ratio: Float[Tensor, "B #T"], advantages: Float[Tensor, "B #T"], *, tau_pos: float, tau_neg: float
-) -> Float[Tensor, "B #T"]:
-    r"""$-\frac{4}{\tau} \sigma(\tau (r - 1)) A$ with $\tau$ by the sign of $A$; its slope at $r = 1$ is always $-A$.
+) -> Estimate:
+    r"""$-\frac{4}{\tau} \sigma A$ with $\sigma = \sigma(\tau (r - 1))$, and its slope $-4 \sigma (1 - \sigma) r A$.
 
-    >>> import torch
+    $\tau$ goes by the sign of $A$; the slope at $r = 1$ is always $-A$.
+
     >>> sapo_surrogate(torch.tensor([[1.0]]), torch.tensor([[1.0]]), tau_pos=1.0, tau_neg=1.05)
-    tensor([[-2.]])
+    Estimate(value=tensor([[-2.]]), slope=tensor([[-1.]]))
     """
-    tau = by_sign(advantages, tau_pos, tau_neg)
-    return torch.sigmoid(tau * (ratio - 1)) * (advantages / tau * -4)
+    (tau,) = by_sign(advantages, (tau_pos, tau_neg))
+    exponent = ratio * tau
+    gate = torch.sigmoid(exponent - tau)
+    value = gate * (advantages / tau * -4)
+    return Estimate(value, torch.addcmul(value, value, gate, value=-1).mul_(exponent))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,9 +258,9 @@ class SAPO(RatioSurrogate):
 
     def surrogate(self, batch: TokenBatch) -> tuple[Float[Tensor, "B #T"], dict[str, Metric]]:
         """The gated loss."""
-        ratio = ratio_of(self.ratio.log_ratio(batch))
-        loss = sapo_surrogate(ratio, batch.token_advantages(), tau_pos=self.tau_pos, tau_neg=self.tau_neg)
-        return loss, {"ratio_max": ratio_max(ratio, batch)}
+        ratio = self.ratio.bounded(batch).exp()
+        gated = sapo_surrogate(ratio, batch.token_advantages(), tau_pos=self.tau_pos, tau_neg=self.tau_neg)
+        return self.ratio.attached(gated, batch), {"ratio_max": ratio_max(ratio, batch)}
 
 
 def gmpo_surrogate(

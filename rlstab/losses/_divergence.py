@@ -16,6 +16,7 @@ from torch.nn import functional
 from rlstab.batch import ExactDivergence, LogProbs, Requirement, TokenBatch
 from rlstab.errors import ConfigError
 from rlstab.losses._checks import check_choice, check_positive
+from rlstab.losses._estimate import Estimate, attached
 from rlstab.losses._mean import Mean
 from rlstab.losses._metrics import Metric, Sum, Total
 from rlstab.losses._parts import part_name
@@ -23,20 +24,6 @@ from rlstab.losses._ratio import finite_logp
 from rlstab.losses._term import Loss, Term
 
 FARTHEST = 1e4  # a log-ratio this far from 0 is as good as infinite
-
-
-class Estimate(NamedTuple):
-    """An estimate of a divergence, and the coefficient of the gradient of log π; neither carries gradient.
-
-    >>> found = Estimate(value=torch.tensor([0.5]), slope=torch.tensor([1.0]))
-    >>> logp = torch.tensor([-1.0], requires_grad=True)
-    >>> (found.value + found.slope * (logp - logp.detach())).sum().backward()  # as a loss: this value, this gradient
-    >>> logp.grad
-    tensor([1.])
-    """
-
-    value: Tensor
-    slope: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,14 +170,15 @@ class Divergence(Term):
         With `sample_logp=0`, the summands of the exact divergence and of its gradient.
         """
         scale = torch.maximum(logp, ref_logp) - sample_logp  # -inf at what both exclude, which counts 0
-        a = (logp - ref_logp).nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+        a = (logp - ref_logp).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
         closed, limit = self.scaled(a), torch.finfo(a.dtype).max
         if closed is None:
             value = torch.exp(scale + self.log_scaled_f(a))
             return Estimate(value, a.sign() * torch.exp(scale + self.log_scaled_df(a)).clamp(max=limit))
         farthest = math.log(limit) - 2  # keeps the root from 0 and infinity, which infinity and 0 would make NaN
-        root = torch.exp((scale / 2).clamp(-farthest, farthest))  # of a scale that may be out of range by itself
-        return Estimate(closed.value * root * root, (closed.slope * root * root).clamp(-limit, limit))
+        root = (scale / 2).clamp_(-farthest, farthest).exp_()  # of a scale that may be out of range by itself
+        value, slope = ((factor * root).mul_(root) for factor in closed)
+        return Estimate(value, slope.clamp_(-limit, limit))
 
     def surrogate(
         self,
@@ -357,8 +345,7 @@ def at_least_float32(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 def _with_gradient(estimate: Estimate, logp: Tensor) -> Tensor:
-    bounded = _finite(logp)
-    return torch.addcmul(estimate.value, estimate.slope, bounded - bounded.detach())
+    return attached(estimate, _finite(logp))
 
 
 def _zero_with_gradient(estimate: Estimate, logp: Tensor) -> Tensor:

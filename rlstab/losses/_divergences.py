@@ -10,22 +10,30 @@ from torch import Tensor
 
 from rlstab.errors import ConfigError
 from rlstab.losses._checks import check_range
-from rlstab.losses._divergence import FARTHEST, Divergence, Estimate
+from rlstab.losses._divergence import FARTHEST, Divergence
+from rlstab.losses._estimate import Estimate
 from rlstab.losses._log_space import SERIES_BELOW, SERIES_TERMS, log1mexp, log_excess, log_mix, power_series, power_sum
 
 LogRatio = Float[Tensor, "*shape"]
 LOG_2 = math.log(2.0)
 
 
+# Where a series ends the value is `above` or `under` the reference; a closed form adds what it rises from there on,
+# which costs a fraction of a choice between the two.
+_ABOVE, _UNDER = math.expm1(-SERIES_BELOW) + SERIES_BELOW, 1 - (1 + SERIES_BELOW) * math.exp(-SERIES_BELOW)
+_MIDDLE, _HALF = (_ABOVE + _UNDER) / 2, (_ABOVE - _UNDER) / 2
+
+
 def _reverse_kl(a: LogRatio) -> Estimate:
     """`ReverseKL.scaled`."""
-    b, below = a.abs(), (-a).clamp(0, FARTHEST)
-    decay = torch.exp(-b)
-    slope = a.relu() - below * decay
-    near = b.clamp(max=SERIES_BELOW)
+    b, below, sign = a.abs(), (-a).clamp(0, FARTHEST), a.sign()
+    decay = (-b).exp_()
+    slope = a.relu().addcmul_(below, decay, value=-1)
+    rise = decay.sub_(1 + _HALF).mul_(sign).add_(slope).sub_(_MIDDLE).clamp_(min=0)
+    near = b.clamp_(max=SERIES_BELOW)
     series = power_series(-near, [1.0] * SERIES_TERMS)  # e^-b - 1 + b
-    close = a.sign() * series + below * (near - series)
-    return Estimate(torch.where(near == b, close, slope + a.sign() * (decay - 1)), slope)
+    close = sign.mul_(series).addcmul_(torch.minimum(below, near), near.sub(series))
+    return Estimate(close.add_(rise), slope)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +127,7 @@ def _jensen_shannon_series(count: int) -> list[float]:
 
 JENSEN_SHANNON_SERIES = _jensen_shannon_series(9)
 JENSEN_SHANNON_TERMS_FLOAT32 = 5
+JENSEN_SHANNON_AT_END = SERIES_BELOW / 2 * math.tanh(SERIES_BELOW / 2) - math.log(math.cosh(SERIES_BELOW / 2))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,13 +154,13 @@ class JensenShannon(Divergence):
         r"""$\frac12 (1 + e^{-b}) k$ with $b = |a|$ and $k = \frac b2 \tanh\frac b2 - \log\cosh\frac b2$, and $f'$."""
         b = a.abs().clamp(max=FARTHEST)
         change = torch.expm1(-b)
-        log_mean = torch.log1p(change / 2)  # log (1 + e^-b)/2
-        k = b * (-1 - change) / (2 + change) - log_mean  # log cosh b/2 = b/2 + log_mean
-        near = b.clamp(max=SERIES_BELOW)
+        log_mean = (change / 2).log1p_()  # log (1 + e^-b)/2
+        k = (-1 - change).mul_(b).div_(2 + change).sub_(log_mean)  # log cosh b/2 = b/2 + log_mean
         terms = None if a.dtype == torch.float64 else JENSEN_SHANNON_TERMS_FLOAT32
-        k = torch.where(near == b, power_sum(near.square(), JENSEN_SHANNON_SERIES[:terms]), k)
-        slope = ((-a).clamp(0, FARTHEST) + log_mean) * torch.exp(a.clamp(max=0)) / -2
-        return Estimate((1 + change / 2) * k, slope)
+        close = power_sum(b.clamp(max=SERIES_BELOW).square_(), JENSEN_SHANNON_SERIES[:terms])
+        k = k.sub_(JENSEN_SHANNON_AT_END).clamp_(min=0).add_(close)
+        slope = (-a).clamp_(0, FARTHEST).add_(log_mean).mul_(a.clamp(max=0).exp_()).div_(-2)
+        return Estimate(change.div_(2).add_(1).mul_(k), slope)
 
 
 _JENSEN_SHANNON = JensenShannon()

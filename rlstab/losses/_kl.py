@@ -10,7 +10,7 @@ from torch import Tensor
 from rlstab.batch import LogProbs, Requirement, TokenBatch
 from rlstab.errors import ConfigError
 from rlstab.losses._checks import check_choice, check_part
-from rlstab.losses._divergence import Estimate
+from rlstab.losses._estimate import Estimate
 from rlstab.losses._metrics import Metric, Sum, Total, overflow
 from rlstab.losses._ratio import Ratio, TokenRatio, bounded_log, missing, scored_logp
 from rlstab.losses._term import Loss, Term

@@ -1,7 +1,7 @@
 """An objective: a named sum of terms."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -80,6 +80,7 @@ class Objective:
 
     terms: dict[str, Term]
     advantage: RolloutPart | None
+    _joined: dict[str, str] = field(init=False, repr=False, compare=False)
 
     def __init__(
         self, terms: Mapping[str, Term] | Term | None = None, *, advantage: RolloutPart | None = None, **named: Term
@@ -97,6 +98,7 @@ class Objective:
         object.__setattr__(self, "terms", {**(terms or {}), **named})
         object.__setattr__(self, "advantage", advantage)
         self._check()
+        object.__setattr__(self, "_joined", _joined(self.terms))
 
     def _check(self) -> None:
         if not self.terms:
@@ -129,7 +131,6 @@ class Objective:
         """The loss of a micro-batch: one `TokenBatch` per row source that the terms name."""
         sources = {batch.rows: batch for batch in batches}
         shares: list[Tensor] = []
-        joined = _joined(self.terms) if len(self.terms) > 1 else {}
         joint: dict[str, Tensor] = {}
         reports: dict[str, TermReport] = {}
         for name, term in self.terms.items():
@@ -138,7 +139,7 @@ class Objective:
                     f"term {name!r} acts on {term.rows!r} rows, but the batches hold {sorted(sources)}: "
                     "pass a TokenBatch with these rows"
                 )
-            batch, weight, together = sources[term.rows], term.coefficient, joined.get(name)
+            batch, weight, together = sources[term.rows], term.coefficient, self._joined.get(name)
             values, metrics = term.loss(batch)
             if together is None or values.dim() == 1:
                 value = term.mean.reduce(values, batch)

@@ -101,7 +101,7 @@ def vespo_weight(
     tensor([[1.]])
     """
     log_weight = log_weight.clamp(*_LOG_WEIGHT_RANGE)
-    k, rate = by_sign(advantages, k_pos, k_neg), by_sign(advantages, lambda_pos, lambda_neg)
+    k, rate = by_sign(advantages, (k_pos, k_neg), (lambda_pos, lambda_neg))
     return (rate + k * log_weight - rate * log_weight.exp()).exp()
 
 
@@ -173,7 +173,7 @@ class VESPO(RatioSurrogate):
 
     def surrogate(self, batch: TokenBatch) -> tuple[Float[Tensor, "B T"], dict[str, Metric]]:
         """The weighted log-probs."""
-        log_ratio = self.ratio.log_ratio(batch).detach()  # sg(phi): a weight
+        log_ratio = self.ratio.bounded(batch)  # sg(phi): a weight
         log_weight = log_ratio.clamp(-_TOKEN_LIMIT, _TOKEN_LIMIT).sum(-1, keepdim=True)  # 0 outside the loss
         metrics: dict[str, Metric] = {}
         if self.correction is not None:

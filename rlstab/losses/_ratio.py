@@ -11,6 +11,7 @@ from torch.nn.functional import hardtanh
 
 from rlstab.batch import LogProbs, Requirement, TokenBatch
 from rlstab.losses._checks import check_part, check_positive, check_range
+from rlstab.losses._estimate import Estimate, attached
 from rlstab.losses._parts import Part
 
 
@@ -141,6 +142,14 @@ class Ratio(Part):
         """The log-ratio of each token, from which other ratios are made."""
         return leave_out(batch.logp("policy") - batch.logp(self.against), batch, self.against)
 
+    def bounded(self, batch: TokenBatch) -> Float[Tensor, "B #T"]:
+        """The finite logarithm of the ratio's value, without gradient."""
+        return bounded_log(self.log_ratio(batch).detach())
+
+    def attached(self, estimate: Estimate, batch: TokenBatch) -> Float[Tensor, "B #T"]:
+        """A loss with this value and, within the bounds of `ratio_of`, this slope in the log-ratio."""
+        return attached(estimate, bounded_log(self.log_ratio(batch)))
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRatio(Ratio):
@@ -155,6 +164,16 @@ class TokenRatio(Ratio):
     def log_ratio(self, batch: TokenBatch) -> Float[Tensor, "B T"]:
         """One log-ratio per token."""
         return self.token_log_ratio(batch)
+
+    def bounded(self, batch: TokenBatch) -> Float[Tensor, "B T"]:
+        """As it is, where no bound can bind."""
+        return batch.apart("policy", self.against) if batch.close("policy", self.against) else super().bounded(batch)
+
+    def attached(self, estimate: Estimate, batch: TokenBatch) -> Float[Tensor, "B T"]:
+        """A slope in the log-ratio is one in the policy's log-prob."""
+        if batch.close("policy", self.against):
+            return attached(estimate, batch.logp("policy"))
+        return super().attached(estimate, batch)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -165,13 +165,14 @@ class RatioSurrogate(Surrogate):
         return super().inert_on_policy + (self.inert_at_ratio_one if self.ratio.against == "old" else ())
 
 
-def by_sign(advantages: Float[Tensor, "B #T"], rising: float, falling: float) -> Float[Tensor, "B #T"]:
-    """`falling` where A < 0, else `rising`.
+def by_sign(advantages: Float[Tensor, "B #T"], *choices: tuple[float, float]) -> list[Float[Tensor, "B #T"]]:
+    """Of each choice the second number where A < 0, else the first.
 
-    >>> by_sign(torch.tensor([[2.0], [-1.0]]), 1.0, 3.0).flatten()
-    tensor([1., 3.])
+    >>> by_sign(torch.tensor([[2.0, -1.0]]), (1.0, 3.0))
+    [tensor([[1., 3.]])]
     """
-    return torch.full_like(advantages, rising).masked_fill_(advantages < 0, falling)
+    falling = advantages < 0
+    return [torch.full_like(advantages, first).masked_fill_(falling, second) for first, second in choices]
 
 
 def ratio_max(ratio: Float[Tensor, "B #T"], batch: TokenBatch) -> Max:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlstab.batch import COLUMNS, Count, TokenBatch
-from rlstab.trainers._under import under
 
 __all__ = ["MODEL_KEYS", "completion_masks", "gather_batch", "model_inputs", "token_batch"]
 
@@ -41,10 +41,27 @@ def completion_masks(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     return mask, mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
 
 
-def logp_sources(inputs: Mapping[str, Any]) -> dict[str, str]:
-    """The keys of the log-probs that travel with a generation, each with its source."""
-    host = {key: source for key, source in HOST_LOGPS.items() if key in inputs}
-    return host | {key: key.removeprefix(REFERENCE_LOGPS) for key in inputs if key.startswith(REFERENCE_LOGPS)}
+class Carried(NamedTuple):
+    """What travels with a generation, by key: the sources of log-probs, the names of parts, the complete sources."""
+
+    logps: Mapping[str, str]
+    parts: Mapping[str, str]
+    complete: frozenset[str]
+
+
+@lru_cache(maxsize=16)  # the keys change from run to run, not from batch to batch
+def carried(keys: tuple[str, ...]) -> Carried:
+    """What the keys of a host dictionary say.
+
+    >>> carried(("completion_ids", "old_per_token_logps", "rlstab_complete:old", "rlstab_part:version"))
+    Carried(logps={'old_per_token_logps': 'old'}, parts={'rlstab_part:version': 'version'}, complete=frozenset({'old'}))
+    """
+
+    def named(prefix: str) -> dict[str, str]:
+        return {key: key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
+
+    host = {key: source for key, source in HOST_LOGPS.items() if key in keys}
+    return Carried(host | named(REFERENCE_LOGPS), named(PART), frozenset(named(COMPLETE).values()))
 
 
 def model_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,22 +88,22 @@ def token_batch(
     `zeroed` says that what was computed is zero outside the loss, as what is carried is (`zero_outside_loss`).
     """
     mask, loss_mask = completion_masks(inputs)
-    carried = {source: inputs[key] for key, source in logp_sources(inputs).items()}
+    sources, parts, complete = carried(tuple(inputs))
     return TokenBatch(
         mask=mask,
         loss_mask=loss_mask,
-        logps={**carried, **(logps or {})},
+        logps={**{source: inputs[key] for key, source in sources.items()}, **(logps or {})},
         advantages=inputs.get("advantages"),
         rewards=inputs.get("rlstab_rewards"),
         group=inputs.get("rlstab_group"),
         truncated=inputs.get("rlstab_truncated"),
         token_ids=inputs["completion_ids"],
         vocab=vocab or {},
-        parts=under(PART, inputs),
+        parts={name: inputs[key] for key, name in parts.items()},
         counts=counts or {},
         router_log_ratios=router_log_ratios,
         zeroed=zeroed,
-        complete=frozenset(source for source in carried if COMPLETE + source in inputs),
+        complete=complete,
         readable=mask.is_cpu,
     )
 
@@ -97,12 +114,12 @@ def zero_outside_loss(output: dict[str, Any]) -> None:
     Done once for all micro-batches; a note is a key without a value, which the host's shuffle and split let pass.
     """
     _, loss_mask = completion_masks(output)
-    carried = logp_sources(output)
-    output.update({key: torch.where(loss_mask, output[key], 0.0) for key in carried})
-    if carried:
-        finite = torch.stack([output[key].isfinite().all() for key in carried]).tolist()
+    sources = carried(tuple(output)).logps
+    output.update({key: torch.where(loss_mask, output[key], 0.0) for key in sources})
+    if sources:
+        finite = torch.stack([output[key].isfinite().all() for key in sources]).tolist()
         output.update(
-            {COMPLETE + source: None for source, whole in zip(carried.values(), finite, strict=True) if whole}
+            {COMPLETE + source: None for source, whole in zip(sources.values(), finite, strict=True) if whole}
         )
 
 

@@ -19,7 +19,8 @@ def micro_batch_counts(trainer: Any, inputs: Mapping[str, Any]) -> dict[str, Cou
     if "generation" in scopes or not training:
         windows = trainer.args.steps_per_generation if training else 1
         shares = trainer.accelerator.num_processes * windows / accumulation
-        counts["generation"] = Count(inputs["num_items_in_batch"] / shares, rows * accumulation)
+        tokens = inputs["num_items_in_batch"]
+        counts["generation"] = Count(tokens if shares == 1 else tokens / shares, rows * accumulation)
     if "micro_batch" in scopes and accumulation != 1:  # else the batch is the whole scope
         _, loss_mask = completion_masks(inputs)
         counts["micro_batch"] = Count(loss_mask.sum() * accumulation, rows * accumulation)

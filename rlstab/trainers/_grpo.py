@@ -229,7 +229,7 @@ class StableGRPOTrainer(GRPOTrainer):
                 "'logprobs' from rollout_func, one list per completion, or drop the part that needs them"
             )
         output["rlstab_group"] = _batches.own_rows(ids, self.accelerator, rows, 0)
-        with torch.no_grad(), self._without_checkpointing():
+        with torch.no_grad():
             for source in sorted(self._term_references()):
                 output[_batches.REFERENCE_LOGPS + source] = self._score_reference(source, output)
             _batches.zero_outside_loss(output)
@@ -291,7 +291,10 @@ class StableGRPOTrainer(GRPOTrainer):
         if source in self._references.servers:
             return self._references.servers[source].logprobs(**_batches.model_inputs(inputs))
         chunk = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
-        with self._references.use(source, self.model, self.accelerator) as reference:
+        with (
+            self._references.use(source, self.model, self.accelerator) as reference,
+            self._without_checkpointing() if reference is self.model else nullcontext(),
+        ):
             logps: Tensor = self._get_per_token_logps_and_entropies(
                 reference, **_batches.model_inputs(inputs), batch_size=chunk
             )[0]

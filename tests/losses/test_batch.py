@@ -231,3 +231,21 @@ def test_a_readable_batch_finds_out_what_is_complete(lost: float) -> None:
     elsewhere = {**logps, "old": torch.full((1, 2), -torch.inf)}
     assert not batch.replace(logps=elsewhere).scores_all("old")
     assert batch.replace(logps=elsewhere, mask=torch.zeros(1, 2), loss_mask=torch.zeros(1, 2)).scores_all("old")
+
+
+@pytest.mark.parametrize("far", [-100.0, -torch.inf, torch.nan])
+def test_a_readable_batch_finds_out_which_ratios_need_no_bound(far: float) -> None:
+    logps = {
+        "policy": torch.tensor([[-1.0, -2.0]]),
+        "old": torch.tensor([[-1.5, -2.0]]),
+        "initial": torch.tensor([[-1.0, far]]),
+    }
+    unread = TokenBatch(mask=torch.ones(1, 2), logps=logps)
+    assert unread.apart("policy", "old").tolist() == [[0.5, 0.0]]
+    assert not unread.close("policy", "old")
+    batch = unread.replace(readable=True)
+    assert batch.close("policy", "old")
+    assert not batch.close("policy", "initial")
+    assert not batch.replace(mask=torch.ones(1, 0), loss_mask=None, logps={"policy": torch.ones(1, 0)}).close(
+        "policy", "old"
+    )

@@ -33,7 +33,7 @@ def test_the_host_scores_padding_as_zero(name: str, tmp_path: Path) -> None:
 def test_what_travels_with_a_generation_is_zero_outside_the_loss(name: str, tmp_path: Path) -> None:
     _, inputs = micro_batch(name, tmp_path)
     outside = ~_batches.completion_masks(inputs)[1]
-    carried = [inputs[key] for key in _batches.logp_sources(inputs)]
+    carried = [inputs[key] for key in _batches.carried(tuple(inputs)).logps]
     assert carried
     assert outside.any()
     assert all(logps[outside].count_nonzero() == 0 for logps in carried)
