@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.multiprocessing.spawn import start_processes
 
 __all__ = ["PROCESSES", "in_two_processes"]
 
+SECONDS = 240
 # A process with threads for GPUs cannot be forked.
 PROCESSES = get_context("spawn") if torch.cuda.is_available() else get_context("fork")
 
@@ -24,7 +26,14 @@ def in_two_processes(work: Callable[..., Any], *arguments: Any) -> list[Any]:
     store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as folder:
         given = store.port, Path(folder), work, arguments
-        start_processes(_as_rank, given, nprocs=2, start_method=PROCESSES.get_start_method())
+        both = start_processes(_as_rank, given, nprocs=2, join=False, start_method=PROCESSES.get_start_method())
+        deadline = time.monotonic() + SECONDS
+        try:
+            while not both.join(deadline - time.monotonic()):
+                assert time.monotonic() < deadline, f"the two processes have not ended within {SECONDS} s"
+        finally:
+            for process in both.processes:
+                process.kill()
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
