@@ -33,8 +33,8 @@ TRAIN_HELP = """\
 Train as a recipe says. Every key of the recipe can be overridden by its dotted path, as in
 --trainer.learning_rate=1e-4, --objective.terms.drift.coef=0.1 or --output runs/a; values are YAML.
 The keys of a recipe are model, task, rewards, environment, objective, advantage, engine, replay, gradients, optimizer,
-supervised, buffer, demonstrations, guidance, teachers, reset, resample, adapter, warmup, evaluation, signals, trainer,
-prompts, output, seed and threads;
+supervised, buffer, demonstrations, guidance, teachers, reset, resample, adapter, warmup, evaluation, signals, watch,
+trainer, prompts, output, seed and threads;
 --list-keys lists what stands below them. `base: other.yaml` takes over another recipe, which the rest of the file
 changes."""
 

@@ -16,6 +16,7 @@ from rlstab.recipes._recipe import HeldOut, Recipe
 from rlstab.recipes._run import Outcome, run_recipe
 from rlstab.recipes._supervised import Supervised
 from rlstab.recipes._warmup import WarmUp, warm_up
+from rlstab.recipes._watching import Watching
 
 __all__ = [
     "VLLM",
@@ -51,6 +52,7 @@ __all__ = [
     "VLLMServer",
     "WarmUp",
     "WarmedUp",
+    "Watching",
     "build_recipe_buffer",
     "evaluate",
     "plan_recipe",

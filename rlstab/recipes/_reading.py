@@ -13,6 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from rlstab.errors import RecipeError
 from rlstab.losses import Controller, Objective, Part, presets
+from rlstab.monitors import Action, Detector
 from rlstab.recipes._bases import load_recipe
 from rlstab.recipes._faults import argument_kinds, find_fault
 from rlstab.recipes._recipe import Recipe
@@ -70,7 +71,8 @@ def recipe_parser(host: type[GRPOConfig] | type[SFTConfig] = GRPOConfig) -> Argu
         (4096, 8)
     """
     set_parsing_settings(
-        subclasses_enabled=[Part, Objective, Controller, Reward, EmbeddedTask], instantiate_subclass_spec_in_any=False
+        subclasses_enabled=[Part, Objective, Controller, Reward, EmbeddedTask, Detector, Action],
+        instantiate_subclass_spec_in_any=False,
     )
     parser = ArgumentParser(
         prog="rlstab train RECIPE.yaml",

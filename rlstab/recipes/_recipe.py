@@ -16,6 +16,7 @@ from rlstab.recipes._gradients import OptimizerSource
 from rlstab.recipes._models import LoRA, ModelSource
 from rlstab.recipes._supervised import Supervised, refuse_rollouts
 from rlstab.recipes._warmup import WarmUp
+from rlstab.recipes._watching import Watching
 from rlstab.tasks import Correct, EmbeddedTask, Reward, Task, reward_functions
 from rlstab.trainers import Guidance, Replay, Resample, Reset, Signals, TeacherServer
 
@@ -97,6 +98,8 @@ class Recipe:
         warmup: supervised warm-up on the task's demonstrations; None starts from the model as it is.
         evaluation: evaluation on held-out prompts.
         signals: what the trainer measures beside the loss; None for nothing.
+        watch: which rules raise alarms, and whether they act, by a guard that goes back where a collapse begins; None
+            for no alarms.
         trainer: arguments of the host's `GRPOConfig` (`SFTConfig` where supervised) by name;
             output folder and seed are the recipe's own.
         prompts: number of training prompts, drawn once; training goes through them again and again.
@@ -134,6 +137,7 @@ class Recipe:
     warmup: WarmUp | None = None
     evaluation: HeldOut = HeldOut()
     signals: Signals | None = field(default_factory=Signals)
+    watch: Watching | None = field(default_factory=Watching)
     trainer: Mapping[str, Any] = field(default_factory=dict)
     prompts: int = 4096
     output: Path | None = None

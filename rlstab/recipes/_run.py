@@ -203,6 +203,8 @@ class _Run:
                     self._warm_up(settings, task)
         trainer = self._made(callbacks)
         trainer.remove_callback(PrinterCallback)
+        if recipe.watch is not None:
+            self.watcher = recipe.watch.attach(trainer, self.folder)
         self.updates.attach(trainer)
         if recipe.evaluation.every is not None and not self.sharded:
             policy, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
@@ -226,10 +228,7 @@ class _Run:
         if isinstance(args, SFTConfig):
             assert recipe.supervised is not None
             with host_errors():
-                trainer, self.watcher = supervised_trainer(
-                    recipe, recipe.supervised, args, self._start, self.folder, callbacks
-                )
-                return trainer
+                return supervised_trainer(recipe, recipe.supervised, args, self._start, callbacks)
         data = recipe.task.prompts(recipe.prompts, split="train", seed=recipe.seed)
         data, others = beside(recipe, args, data, self._start, self.output / "buffer")
         model, tokenizer = self._start()

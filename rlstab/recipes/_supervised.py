@@ -8,9 +8,8 @@ from datasets import Dataset
 from transformers import set_seed
 
 from rlstab.errors import RecipeError
-from rlstab.record import RunFolder
 from rlstab.tasks import EmbeddedTask
-from rlstab.trainers import GRPOConfig, ProgressCallback, SFTConfig, Signals, TrustRegionSFTTrainer, Watch, watch
+from rlstab.trainers import GRPOConfig, ProgressCallback, SFTConfig, Signals, TrustRegionSFTTrainer
 
 if TYPE_CHECKING:
     from rlstab.recipes._models import LoadedModel
@@ -148,14 +147,13 @@ def supervised_trainer(
     supervised: Supervised,
     args: SFTConfig,
     start: "Callable[[], LoadedModel]",
-    folder: RunFolder | None,
     callbacks: list[Any],
-) -> tuple[TrustRegionSFTTrainer, Watch]:
-    """The trainer of a recipe, and the watch that puts its numbers into the run folder."""
+) -> TrustRegionSFTTrainer:
+    """The trainer of a recipe on demonstrations alone."""
     data = demonstrations_of(recipe, supervised)
     model, tokenizer = start()
     set_seed(recipe.seed)
-    trainer = TrustRegionSFTTrainer(
+    return TrustRegionSFTTrainer(
         model,
         args,
         objective=recipe.objective,
@@ -165,4 +163,3 @@ def supervised_trainer(
         callbacks=callbacks,
         peft_config=None if recipe.adapter is None else recipe.adapter.config(),
     )
-    return trainer, watch(trainer, run=folder)
