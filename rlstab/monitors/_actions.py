@@ -32,10 +32,11 @@ class Notify(Action):
     Args:
         command: program and arguments, run without a shell; the alarm is its standard input.
         webhook: http or https address to post the alarm to.
+        webhook_variable: environment variable that holds such an address: one that is a secret stands in no file then.
         timeout: seconds after which neither is waited for.
 
     Raises:
-        ConfigError: neither is given, or the address is none of http.
+        ConfigError: none is given, or the address is none of http.
 
     >>> Notify(command=("mail", "-s", "rlstab", "me@example.org")).timeout
     10.0
@@ -43,12 +44,15 @@ class Notify(Action):
 
     command: tuple[str, ...] = ()
     webhook: str | None = None
+    webhook_variable: str | None = None
     timeout: float = 10.0
 
     def __post_init__(self) -> None:
         check(not isinstance(self.command, str), "Notify.command", "a list of program and arguments", self.command)
         object.__setattr__(self, "command", tuple(self.command))
-        check(bool(self.command or self.webhook), "Notify", "command or webhook", self)
+        given = [name for name in ("command", "webhook", "webhook_variable") if vars(self)[name]]
+        one_address = not {"webhook", "webhook_variable"} <= set(given)
+        check(bool(given) and one_address, "Notify", "a command, or a webhook or its variable, or both", given)
         scheme = urlsplit(self.webhook).scheme if self.webhook else "https"
         check(scheme in ("http", "https"), "Notify.webhook", "an http or https address", self.webhook)
         check(0 < self.timeout < math.inf, "Notify.timeout", "seconds > 0", self.timeout)

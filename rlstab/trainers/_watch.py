@@ -17,7 +17,7 @@ from rlstab.monitors import Alarm, Due, Monitor, Notify, RollBack, Rule, Scale, 
 from rlstab.probes import Probe
 from rlstab.record import RunFolder, diagnosis_of
 from rlstab.schema import signal
-from rlstab.trainers._actions import Messenger, Scaling, check_scale
+from rlstab.trainers._actions import Messenger, Scaling, address_of, check_scale
 from rlstab.trainers._births import trace
 from rlstab.trainers._grpo import StableGRPOTrainer
 from rlstab.trainers._guard import Guard
@@ -410,6 +410,9 @@ def _check(trainer: Any, rules: Sequence[Rule], guard: Guard | None) -> None:
     check_sharding(guard, None, sharded=trainer.is_deepspeed_enabled or fsdp1)
     if trainer.is_deepspeed_enabled and any(isinstance(rule.action, SkipStep) for rule in rules):
         raise ConfigError("SkipStep: DeepSpeed makes its update within the backward pass: use Stop or RollBack")
+    for rule in rules:
+        if isinstance(rule.action, Notify):
+            address_of(rule.action)
     _check_scales(rules, trainer.objective if isinstance(trainer, StableGRPOTrainer) else None)
 
 

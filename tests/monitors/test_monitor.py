@@ -269,7 +269,12 @@ def test_rules_are_data() -> None:
         (lambda: Rule(signal=K3, detector=NonFinite(), agreement=0), ConfigError, "Rule.agreement: expected at least"),
         (lambda: Monitor(budget=0.0), ConfigError, "Monitor.budget: expected false alarms per 1000 steps > 0"),
         (lambda: Monitor(cooldown=0), ConfigError, "Monitor.cooldown"),
-        (lambda: Notify(), ConfigError, "Notify: expected command or webhook"),
+        (lambda: Notify(), ConfigError, "Notify: expected a command, or a webhook or its variable, or both, got"),
+        (
+            lambda: Notify(webhook="https://secret.example", webhook_variable="HOOK"),
+            ConfigError,
+            r"got \['webhook', 'webhook_variable'\]",
+        ),
         (lambda: Notify(command="mail me"), ConfigError, "Notify.command: expected a list"),  # type: ignore[arg-type]
         (lambda: Notify(webhook="file:///etc/passwd"), ConfigError, "Notify.webhook: expected an http or https"),
         (lambda: Scale(target="lr"), ConfigError, "Scale.target: expected 'learning_rate' or 'coefficient/TERM'"),

@@ -64,6 +64,11 @@ def test_a_rule_of_a_recipe_takes_its_run_back(tmp_path: Path) -> None:
     [
         ("watch.guard", "null", f"watch.rules: that of {SIGNAL} goes back, which needs a guard; set watch.guard: {{}}"),
         ("watch.every", "0", "watch.every: expected at least 1, got 0"),
+        (
+            "watch.rules.0.action",
+            "{class_path: Notify, init_args: {webhook: 'https://hooks.example/secret'}}",
+            "watch.rules: the address of a webhook would stand in the run folder; set webhook_variable",
+        ),
         ("watch.budget", "0", "watch.budget: expected a number above 0, got 0.0"),
         ("watch.gurad", "1", "watch.gurad: Watching has no argument 'gurad'"),
         (
@@ -79,3 +84,4 @@ def test_what_cannot_be_watched_is_one_line(key: str, value: str, message: str, 
         read(tmp_path, (key, value))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert "secret" not in str(caught.value)

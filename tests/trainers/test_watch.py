@@ -286,13 +286,19 @@ def webhook() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     server.server_close()
 
 
-def test_somebody_is_told(tmp_path: Path, webhook: tuple[str, list[dict[str, Any]]]) -> None:
+def test_somebody_is_told(
+    tmp_path: Path, webhook: tuple[str, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     address, bodies = webhook
     script = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text(sys.stdin.read())"
     told = tmp_path / "told; no shell.json"
-    action = Notify(command=(sys.executable, "-c", script, str(told)), webhook=address)
+    action = Notify(command=(sys.executable, "-c", script, str(told)), webhook_variable="ALARMS")
+    rules = [Rule(signal="step/loss", detector=ALWAYS, action=action, cause="numerics")]
     trainer = host("Trainer", tmp_path)
-    watch(trainer, [Rule(signal="step/loss", detector=ALWAYS, action=action, cause="numerics")])
+    with pytest.raises(ConfigError, match="expected the environment variable ALARMS to hold an http or https address"):
+        watch(trainer, rules)
+    monkeypatch.setenv("ALARMS", address)
+    watch(trainer, rules)
     trainer.train()
     assert json.loads(told.read_text()) == bodies[0]
     assert bodies[0]["signal"] == "step/loss"
