@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Estimate(NamedTuple):
-    """An estimate of a divergence, and the coefficient of the gradient of log π; neither carries gradient.
+    """A value, such as an estimate of a divergence, and its slope in the log-probs of π; neither carries gradient.
 
     >>> found = Estimate(value=torch.tensor([0.5]), slope=torch.tensor([1.0]))
     >>> logp = torch.tensor([-1.0], requires_grad=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from rlstab.batch import LogProbs, Requirement, TokenBatch
 from rlstab.errors import ConfigError
 from rlstab.losses._checks import check_choice, check_part
-from rlstab.losses._estimate import Estimate
+from rlstab.losses._estimate import Estimate, attached
 from rlstab.losses._metrics import Metric, Sum, Total, overflow
 from rlstab.losses._ratio import Ratio, TokenRatio, bounded_log, missing, scored_logp
 from rlstab.losses._term import Loss, Term
@@ -152,10 +152,9 @@ class KL(Term):
 
     def _loss(self, found: Estimate, logp: Float[Tensor, "B T"], batch: TokenBatch) -> Loss:
         """A loss with this value and this slope in the log-probs."""
-        value, slope = found
-        total = value.sum()  # outside the loss it is 0, as the log-probs are
-        metrics: dict[str, Metric] = {"kl": Sum(total, batch.tokens), "overflow": overflow(value, total, batch)}
-        return Loss(torch.addcmul(value, slope, logp - logp.detach()), metrics)
+        total = found.value.sum()  # outside the loss it is 0, as the log-probs are
+        metrics: dict[str, Metric] = {"kl": Sum(total, batch.tokens), "overflow": overflow(found.value, total, batch)}
+        return Loss(attached(found, logp), metrics)
 
 
 def _check_gradient(estimator: Estimator, weight: str) -> None:

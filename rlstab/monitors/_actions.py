@@ -1,10 +1,12 @@
 """What may be done about an alarm, as data. Doing it is the business of the trainers."""
 
 import math
+import os
 from dataclasses import dataclass
 from typing import ClassVar
 from urllib.parse import urlsplit
 
+from rlstab.errors import ConfigError
 from rlstab.monitors._checks import check
 
 
@@ -23,6 +25,15 @@ class Note(Action):
     >>> Note().urgent
     False
     """
+
+
+def is_address(text: str) -> bool:
+    """Whether something can be posted to it.
+
+    >>> is_address("file:///etc/passwd")
+    False
+    """
+    return urlsplit(text).scheme in ("http", "https")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +64,24 @@ class Notify(Action):
         given = [name for name in ("command", "webhook", "webhook_variable") if vars(self)[name]]
         one_address = not {"webhook", "webhook_variable"} <= set(given)
         check(bool(given) and one_address, "Notify", "a command, or a webhook or its variable, or both", given)
-        scheme = urlsplit(self.webhook).scheme if self.webhook else "https"
-        check(scheme in ("http", "https"), "Notify.webhook", "an http or https address", self.webhook)
+        check(not self.webhook or is_address(self.webhook), "Notify.webhook", "an http or https address", self.webhook)
         check(0 < self.timeout < math.inf, "Notify.timeout", "seconds > 0", self.timeout)
+
+    def address(self) -> str | None:
+        """Where alarms are posted to, if anywhere.
+
+        Raises:
+            ConfigError: the environment variable that should hold it does not.
+        """
+        if self.webhook_variable is None:
+            return self.webhook
+        held = os.environ.get(self.webhook_variable, "")
+        if not is_address(held):
+            raise ConfigError(
+                f"Notify.webhook_variable: expected the environment variable {self.webhook_variable} to hold an http "
+                "or https address; export it"
+            )
+        return held
 
 
 @dataclass(frozen=True, kw_only=True)

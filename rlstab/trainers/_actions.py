@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from torch.optim import Optimizer
@@ -19,7 +17,7 @@ from rlstab.errors import ConfigError
 from rlstab.losses import Controller, Objective
 from rlstab.monitors import Notify, Scale
 
-__all__ = ["Messenger", "Scaling", "address_of", "check_scale"]
+__all__ = ["Messenger", "Scaling", "check_scale"]
 
 logger = logging.getLogger("rlstab")
 
@@ -47,28 +45,11 @@ def _deliver(action: Notify, body: bytes) -> None:
     try:
         if action.command:
             subprocess.run(action.command, input=body, timeout=action.timeout, check=True, capture_output=True)
-        if address := address_of(action):
+        if address := action.address():
             request = Request(address, body, {"Content-Type": "application/json"})
             urlopen(request, timeout=action.timeout).close()
     except (OSError, subprocess.SubprocessError, ConfigError) as error:
         logger.warning("an alarm could not be handed on: %s", error)
-
-
-def address_of(action: Notify) -> str | None:
-    """Where an alarm is posted to, if anywhere.
-
-    Raises:
-        ConfigError: the environment variable that should hold the address does not.
-    """
-    if action.webhook_variable is None:
-        return action.webhook
-    address = os.environ.get(action.webhook_variable, "")
-    if urlsplit(address).scheme not in ("http", "https"):
-        raise ConfigError(
-            f"Notify.webhook_variable: expected the environment variable {action.webhook_variable} to hold an http or "
-            "https address; export it"
-        )
-    return address
 
 
 class Scaling:

@@ -17,7 +17,7 @@ from rlstab.monitors import Alarm, Due, Monitor, Notify, RollBack, Rule, Scale, 
 from rlstab.probes import Probe
 from rlstab.record import RunFolder, diagnosis_of
 from rlstab.schema import signal
-from rlstab.trainers._actions import Messenger, Scaling, address_of, check_scale
+from rlstab.trainers._actions import Messenger, Scaling, check_scale
 from rlstab.trainers._births import trace
 from rlstab.trainers._grpo import StableGRPOTrainer
 from rlstab.trainers._guard import Guard
@@ -412,7 +412,7 @@ def _check(trainer: Any, rules: Sequence[Rule], guard: Guard | None) -> None:
         raise ConfigError("SkipStep: DeepSpeed makes its update within the backward pass: use Stop or RollBack")
     for rule in rules:
         if isinstance(rule.action, Notify):
-            address_of(rule.action)
+            rule.action.address()
     _check_scales(rules, trainer.objective if isinstance(trainer, StableGRPOTrainer) else None)
 
 

@@ -58,18 +58,23 @@ def shifted(routes: Routes) -> Routes:
     return Routes(experts=(routes.experts + 1) % EXPERTS, valid=routes.valid)
 
 
-def test_own_routes_give_the_same_logits_and_gradients_bit_by_bit(model: PreTrainedModel) -> None:
-    routers = Routers(model)
+def own_routes_replayed(model: PreTrainedModel, routers: Routers) -> tuple[Routes, Tensor]:
+    """A model's own routes and logits; replayed, these are the same bit by bit, and so is every gradient."""
     with routers.recording() as own:
         logits, gradients = trained(model)
-    routes = own.routes(rows=3)
-    assert routes.experts.shape == (3, 5, 2, TOP_K)
-    assert routes.experts.dtype == torch.uint8
-    with routers.replaying(routes):
+    native = own.routes(rows=3)
+    with routers.replaying(native):
         again, same = trained(model)
     assert torch.equal(again, logits)
     assert gradients.keys() == same.keys()
     assert [name for name in gradients if not torch.equal(gradients[name], same[name])] == []
+    return native, logits
+
+
+def test_own_routes_give_the_same_logits_and_gradients_bit_by_bit(model: PreTrainedModel) -> None:
+    routes, _ = own_routes_replayed(model, Routers(model))
+    assert routes.experts.shape == (3, 5, 2, TOP_K)
+    assert routes.experts.dtype == torch.uint8
 
 
 def test_foreign_routes_are_executed_and_train_the_router(model: PreTrainedModel) -> None:
@@ -144,13 +149,7 @@ def test_groups_that_the_trainer_would_not_choose_keep_their_weight() -> None:
     limited: dict[str, Any] = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 1}
     model = built(DeepseekV2Config(**COMMON, **LATENT, **GROUPS, first_k_dense_replace=0, **limited))
     routers = Routers(model)
-    with routers.recording() as own:
-        logits, gradients = trained(model)
-    native = own.routes(rows=3)
-    with routers.replaying(native):
-        again, same = trained(model)
-    assert torch.equal(again, logits)
-    assert all(torch.equal(gradients[name], same[name]) for name in gradients)
+    native, _ = own_routes_replayed(model, routers)
 
     group = native.experts.long() // 2
     assert (group[..., 0] == group[..., 1]).all()  # one group per token
@@ -169,13 +168,7 @@ def test_a_family_that_runs_all_experts_on_scattered_scores() -> None:
     sizes: dict[str, Any] = {"head_dim": 16, "intermediate_size_mlp": 32, "interleave_moe_layer_step": 1}
     model = built(Llama4TextConfig(**COMMON, **sizes, num_local_experts=EXPERTS))
     routers = Routers(model)
-    with routers.recording() as own:
-        logits, gradients = trained(model)
-    native = own.routes(rows=3)
-    with routers.replaying(native):
-        again, same = trained(model)
-    assert torch.equal(again, logits)
-    assert all(torch.equal(gradients[name], same[name]) for name in gradients)
+    native, logits = own_routes_replayed(model, routers)
     with routers.replaying(shifted(native)):
         changed, moved = trained(model)
     assert not torch.allclose(changed, logits)
