@@ -7,9 +7,10 @@ vocabulary, `L` layers, `K` experts chosen per token, `N` rows of a whole step o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -35,7 +36,10 @@ Scope = Literal["step", "generation", "micro_batch"]
 #: The optional fields of a `TokenBatch` with one row per completion.
 COLUMNS = ("advantages", "rewards", "baseline", "group", "token_ids", "truncated", "router_log_ratios")
 
+T = TypeVar("T")
+
 FAR = 1e18  # more nats than tokens have: as no log-prob is above 0, each is above their sum
+UNKNOWN = (-math.inf, math.inf)
 NEAR = 40.0  # nats; e^NEAR, and its square, fit float32 with room for a factor
 
 
@@ -113,6 +117,18 @@ class Count:
     sequences: Tensor | float
 
 
+class lazy(Generic[T]):  # noqa: N801  # a decorator
+    """A property that is computed when it is first read, as `functools.cached_property` without its lock."""
+
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        self._compute, self._name, self.__doc__ = compute, compute.__name__, compute.__doc__
+
+    def __get__(self, instance: Any, owner: type | None = None) -> T:
+        """The value, which from now on stands in place of this."""
+        value = instance.__dict__[self._name] = self._compute(instance)
+        return value
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenBatch:
     """One micro-batch, step or generation of completions: masks, advantages, log-probs and what parts asked for.
@@ -142,6 +158,8 @@ class TokenBatch:
             looking for tokens without.
         readable: says that a number may be read while a loss is computed, because nothing has to wait for it (a
             processor's memory): whether a source is complete is then found out where a part asks.
+        token_weight: `loss_mask` as numbers, 1.0 or 0.0, by which losses and metrics are multiplied; made of it if not
+            given.
 
     Raises:
         ShapeError: if a tensor does not have the shape of `mask` (or of its rows).
@@ -175,26 +193,29 @@ class TokenBatch:
     zeroed: bool = False
     complete: frozenset[str] = frozenset()
     readable: bool = False
-    token_weight: Float[Tensor, "B T"] = field(init=False, repr=False)
-    """`loss_mask` as numbers, 1.0 or 0.0: what losses and metrics are multiplied with."""
-    _memory: dict[str, Tensor] = field(init=False, repr=False, default_factory=dict)
-    _found: dict[str, bool] = field(init=False, repr=False, default_factory=dict)
+    token_weight: Float[Tensor, "B T"] = field(default=None, repr=False)  # type: ignore[assignment]  # so is this
+    _memory: dict[Hashable, Tensor] = field(init=False, repr=False, compare=False, default_factory=dict)
+    _whole: dict[str, bool] = field(init=False, repr=False, compare=False)
+    _extremes: dict[tuple[str, str], tuple[float, float]] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
 
     def __post_init__(self) -> None:
-        give = object.__setattr__
-        give(self, "mask", self.mask.bool())
-        give(self, "loss_mask", self.mask if self.loss_mask is None else self.loss_mask.bool())
+        own = self.__dict__  # it is frozen
+        own["mask"] = self.mask.bool()
+        own["loss_mask"] = self.mask if self.loss_mask is None else self.loss_mask.bool()
         self._check_shapes()
-        logps = {k: self._clean(v.detach() if k != "policy" and v.requires_grad else v) for k, v in self.logps.items()}
-        clean: dict[str, object] = {"logps": logps, "vocab": {k: self._clean(v) for k, v in self.vocab.items()}}
+        own["logps"] = {
+            k: self._clean(v.detach() if k != "policy" and v.requires_grad else v) for k, v in self.logps.items()
+        }
+        own["vocab"] = {k: self._clean(v) for k, v in self.vocab.items()}
         if self.advantages is not None and self.advantages.dim() == 2:
-            clean["advantages"] = self._clean(self.advantages)
+            own["advantages"] = self._clean(self.advantages)
         if self.router_log_ratios is not None:  # no gradient: what a router does must not be steered by a ratio
-            clean["router_log_ratios"] = self._clean(self.router_log_ratios.detach())
-        clean["token_weight"] = self.loss_mask.view(torch.uint8).float()  # by way of bytes: much faster on a CPU
-        clean["zeroed"] = True
-        for name, result in clean.items():
-            give(self, name, result)
+            own["router_log_ratios"] = self._clean(self.router_log_ratios.detach())
+        own["token_weight"] = as_numbers(self.loss_mask) if self.token_weight is None else self.token_weight
+        own["zeroed"] = True
+        own["_whole"] = dict.fromkeys(self.complete, True)
 
     def _clean(self, values: Tensor) -> Tensor:
         if values.dtype in (torch.float16, torch.bfloat16):
@@ -207,7 +228,7 @@ class TokenBatch:
         if self.mask.dim() != 2:
             raise ShapeError(f"mask: expected [B, T], got {list(self.mask.shape)}")
         full, rows = self.mask.shape, self.mask.shape[:1]
-        single = {"loss_mask": self.loss_mask, "token_ids": self.token_ids}
+        single = {"loss_mask": self.loss_mask, "token_ids": self.token_ids, "token_weight": self.token_weight}
         for of, tokens in (("{}", single), ("logps[{!r}]", self.logps), ("vocab[{!r}]", self.vocab)):
             for name, value in tokens.items():
                 if value is not None and value.shape != full:
@@ -235,38 +256,55 @@ class TokenBatch:
         if source in self.logps:
             return self.logps[source]
         if source == "old" and "policy" in self.logps:
-            return self.logps["policy"].detach()
+            return self._held_policy
         raise MissingFieldError(
             f"log-probs of {source!r} are not in the batch (it holds {sorted(self.logps)}): "
             f"add LogProbs({source!r}) to the part's `requires`, or pass logps={{{source!r}: ...}}"
         )
 
+    def held(self, source: str) -> Float[Tensor, "B T"]:
+        """Log-probs under `source`, without gradient."""
+        return self.logp(source) if source != "policy" else self._held_policy  # the others have none
+
+    @lazy
+    def _held_policy(self) -> Tensor:
+        return self.logp("policy").detach()
+
+    @lazy
+    def zero(self) -> Float[Tensor, "B T"]:
+        """The policy's log-probs minus themselves: 0, with gradient 1 in them, for losses known by their slope."""
+        return self.logp("policy") - self._held_policy
+
     def scores_all(self, source: str) -> bool:
         """Whether each token of the loss is known to have a log-prob under `source`, neither NaN nor -inf."""
         source = self.recorded(source)
-        if source in self.complete or not self.readable:
-            return source in self.complete
-        if source not in self._found:
-            self._found[source] = self.logp(source).detach().sum().item() > -FAR
-        return self._found[source]
+        if source not in self._whole:
+            self._whole[source] = self.readable and self.held(source).sum().item() > -FAR
+        return self._whole[source]
 
     def apart(self, source: str, other: str) -> Float[Tensor, "B T"]:
         """The log-ratio of two sources per token, without gradient."""
-        return self.once(
-            f"{source} over {other}", lambda batch: batch.logp(source).detach() - batch.logp(other).detach()
-        )
+        key = ("apart", source, other)
+        if key not in self._memory:
+            self._memory[key] = self.held(source) - self.held(other)
+        return self._memory[key]
 
     def close(self, source: str, other: str) -> bool:
         """Whether all tokens are known to have a log-prob under both sources, in a ratio that fits any dtype.
 
         Their ratio, its inverse and a product of two are then finite without a bound.
         """
-        key = f"{source} close to {other}"
-        if key not in self._found:
-            self._found[key] = self.readable and _all_within(self.apart(source, other), NEAR)
-            if self._found[key]:
-                self._found[self.recorded(source)] = self._found[self.recorded(other)] = True
-        return self._found[key]
+        low, high = self.extremes(source, other)
+        return low > -NEAR and high < NEAR
+
+    def extremes(self, source: str, other: str) -> tuple[float, float]:
+        """The lowest and the highest log-ratio of all positions, 0 outside the loss; infinite where not to be read."""
+        key = (source, other)
+        if key not in self._extremes:
+            self._extremes[key] = found = _read_extremes(self.apart(source, other)) if self.readable else UNKNOWN
+            if found[0] > -NEAR and found[1] < NEAR:
+                self._whole[self.recorded(source)] = self._whole[self.recorded(other)] = True
+        return self._extremes[key]
 
     def recorded(self, source: str) -> str:
         """`source`, or the policy in place of an `old` that was not recorded (on policy)."""
@@ -300,7 +338,7 @@ class TokenBatch:
 
     def total(self, name: str) -> Float[Tensor, ""]:
         """The sum of a full-vocabulary statistic over the tokens of the loss, without gradient."""
-        return self.once(f"total {name}", lambda batch: batch.statistic(name).detach().sum())
+        return self.once(("total", name), lambda batch: batch.statistic(name).detach().sum())
 
     def part(self, key: str) -> Tensor:
         """What the rollout part or step statistic with this key left for these rows."""
@@ -311,26 +349,31 @@ class TokenBatch:
             )
         return self.parts[key]
 
-    def once(self, key: str, compute: Callable[[TokenBatch], Tensor]) -> Tensor:
-        """What `compute` makes of this batch, without gradient; a second call with the same key finds it ready."""
+    def once(self, key: Hashable, compute: Callable[[TokenBatch], Tensor]) -> Tensor:
+        """What `compute` makes of this batch; a second call with the same key finds it ready."""
         if key not in self._memory:
             self._memory[key] = compute(self)
         return self._memory[key]
 
-    @property
+    @lazy
     def nothing(self) -> Float[Tensor, ""]:
         """A count of 0."""
-        return self.once("nothing", lambda batch: batch.token_weight.new_zeros(()))
+        return self.token_weight.new_zeros(())
 
-    @property
+    @lazy
     def row_tokens(self) -> Float[Tensor, "B"]:
         """How many tokens of the loss each row has."""
-        return self.once("row_tokens", lambda batch: batch.token_weight.sum(-1))
+        return self.token_weight.sum(-1)
 
-    @property
+    @lazy
+    def row_divisors(self) -> Float[Tensor, "B"]:
+        """What the sum over a row's tokens is divided by for its mean: their number, 1 where there is none."""
+        return self.row_tokens.clamp(min=1)
+
+    @lazy
     def tokens(self) -> Float[Tensor, ""]:
         """How many tokens of the loss there are."""
-        return self.once("tokens", lambda batch: batch.token_weight.sum())
+        return self.token_weight.sum()
 
     def token_advantages(self) -> Float[Tensor, "B T"]:
         """Advantages with a token axis: `[B, T]`, or `[B, 1]` where there is one per row."""
@@ -348,7 +391,9 @@ class TokenBatch:
         unclean = any(
             name in changes for name in ("mask", "loss_mask", "logps", "vocab", "advantages", "router_log_ratios")
         )
-        known = {"zeroed": not unclean, "complete": frozenset() if unclean else self.complete}
+        known: dict[str, object] = {"zeroed": not unclean, "complete": frozenset() if unclean else self.complete}
+        if "mask" in changes or "loss_mask" in changes:
+            known["token_weight"] = None
         return dataclasses.replace(self, **{**known, **changes})  # type: ignore[arg-type]
 
     def select(self, rows: slice | Tensor) -> TokenBatch:
@@ -359,7 +404,7 @@ class TokenBatch:
 
         counts = {scope: self.count(scope) for scope in ("step", "generation")} | dict(self.counts)
         return self.replace(
-            **{name: take(self.__dict__[name]) for name in ("mask", "loss_mask", *COLUMNS)},
+            **{name: take(self.__dict__[name]) for name in ("mask", "loss_mask", "token_weight", *COLUMNS)},
             **{
                 name: {key: take(value) for key, value in self.__dict__[name].items()}
                 for name in ("logps", "vocab", "parts")
@@ -377,9 +422,14 @@ class TokenBatch:
         return [self.select(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
 
 
-def _all_within(values: Tensor, limit: float) -> bool:
-    """Whether the largest magnitude is below `limit`; reads a number. False where one is NaN, or there is none."""
+def as_numbers(mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """A mask as numbers, by way of bytes, which is much faster on a CPU."""
+    return mask.view(torch.uint8).float()
+
+
+def _read_extremes(values: Tensor) -> tuple[float, float]:
+    """The lowest and the highest of the values; NaN where one is, infinite where there is none."""
     if not values.numel():
-        return False
+        return UNKNOWN
     low, high = values.aminmax()
-    return low.item() > -limit and high.item() < limit
+    return low.item(), high.item()

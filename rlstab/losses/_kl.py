@@ -10,9 +10,9 @@ from torch import Tensor
 from rlstab.batch import LogProbs, Requirement, TokenBatch
 from rlstab.errors import ConfigError
 from rlstab.losses._checks import check_choice, check_part
-from rlstab.losses._estimate import Estimate, attached
+from rlstab.losses._estimate import Estimate
 from rlstab.losses._metrics import Metric, Sum, Total, overflow
-from rlstab.losses._ratio import Ratio, TokenRatio, bounded_log, missing, scored_logp
+from rlstab.losses._ratio import Ratio, TokenRatio, bounded_log, missing, scored_log_ratio, with_slope
 from rlstab.losses._term import Loss, Term
 
 Estimator = Literal["k1", "k2", "k3"]
@@ -132,29 +132,27 @@ class KL(Term):
 
     def loss(self, batch: TokenBatch) -> Loss:
         """The weighted estimate per token."""
-        logp = scored_logp(batch, "policy")
-        log_ratio = logp.detach() - scored_logp(batch, self.reference)
+        log_ratio = scored_log_ratio(batch, self.reference)
         if self.weight == "none":
-            return self._loss(estimate(self.estimator, log_ratio), logp, batch)
+            return self._loss(estimate(self.estimator, log_ratio), batch)
         moves = self.weight == "differentiable"
         joint = moves and type(self.ratio) is TokenRatio  # one slope, where the sum of two would cancel
-        log_weight = self.ratio.log_ratio(batch)
-        log_weight = bounded_log(log_weight if moves and not joint else log_weight.detach())  # sg(w)
+        log_weight = bounded_log(self.ratio.log_ratio(batch)) if moves and not joint else self.ratio.bounded(batch)
         against, limit = self.ratio.against, torch.finfo(log_weight.dtype).max
         all_drawn = batch.scores_all(against)
         drawn = log_weight if all_drawn else torch.where(missing(batch, against), -limit, log_weight)
         weighted = weighted_estimate(self.estimator, log_ratio, drawn, joint=joint)
-        values, metrics = self._loss(weighted, logp, batch)
+        values, metrics = self._loss(weighted, batch)
         if moves and not joint:
             values = torch.addcmul(values, weighted.value.clamp(-limit, limit), log_weight - log_weight.detach())
         left_out = Total(batch.nothing if all_drawn else missing(batch, against).count_nonzero())
         return Loss(values, {**metrics, "unscored" if against == "sampler" else "impossible": left_out})
 
-    def _loss(self, found: Estimate, logp: Float[Tensor, "B T"], batch: TokenBatch) -> Loss:
+    def _loss(self, found: Estimate, batch: TokenBatch) -> Loss:
         """A loss with this value and this slope in the log-probs."""
         total = found.value.sum()  # outside the loss it is 0, as the log-probs are
         metrics: dict[str, Metric] = {"kl": Sum(total, batch.tokens), "overflow": overflow(found.value, total, batch)}
-        return Loss(attached(found, logp), metrics)
+        return Loss(with_slope(found, batch), metrics)
 
 
 def _check_gradient(estimator: Estimator, weight: str) -> None:

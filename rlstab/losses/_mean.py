@@ -64,8 +64,7 @@ class Mean:
             return masked.sum() / _tokens(batch, self.over)
         sequences = _or_one(batch.count(self.over).sequences)
         if self.unit == "sequence":
-            lengths = batch.once("divisors of rows", lambda batch: batch.row_tokens.clamp(min=1))
-            return (masked.sum(-1) / lengths).sum() / sequences
+            return (masked.sum(-1) / batch.row_divisors).sum() / sequences
         return masked.sum() / (sequences * self.unit)
 
 
@@ -110,7 +109,7 @@ def _tokens(batch: TokenBatch, over: str) -> Tensor | float:
     tokens = batch.count(over).tokens
     if not isinstance(tokens, Tensor):
         return _or_one(tokens)
-    return batch.once(f"divisor over {over}", lambda _: tokens.clamp(min=SMALLEST))
+    return batch.once(("divisor", over), lambda _: tokens.clamp(min=SMALLEST))
 
 
 def _or_one(count: Tensor | float) -> Tensor | float:

@@ -13,7 +13,7 @@ from torch import Tensor
 from rlstab.batch import TokenBatch
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Metric(ABC):
     """Something that merges with its like from another micro-batch or rank, and becomes one number at the end.
 
@@ -39,7 +39,7 @@ class Metric(ABC):
         """What it is made of, each 0-dim."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Sum(Metric):
     """A weighted mean kept as numerator and denominator: exact over any split.
 
@@ -65,7 +65,7 @@ class Sum(Metric):
         return self.num, self.den
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Total(Metric):
     """A count that adds up.
 
@@ -90,7 +90,7 @@ class Total(Metric):
         return (self.num,)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Max(Metric):
     """The largest value seen; `-inf` stands for none.
 
@@ -115,7 +115,7 @@ class Max(Metric):
         return (self.num,)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Min(Metric):
     """The smallest value seen; `inf` stands for none.
 
@@ -140,7 +140,7 @@ class Min(Metric):
         return (self.num,)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Hist(Metric):
     """Counts between fixed edges: `len(edges) + 1` bins, the first and last of them open.
 

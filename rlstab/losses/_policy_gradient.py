@@ -13,9 +13,9 @@ from rlstab.errors import CompositionError
 from rlstab.losses._checks import check_part, check_positive, check_range
 from rlstab.losses._mean import Mean, MeanField
 from rlstab.losses._metrics import Metric, Sum, mask_like, token_mean
-from rlstab.losses._ratio import leave_out, missing, ratio_of
+from rlstab.losses._ratio import leave_out, missing, ratio_max, ratio_of
 from rlstab.losses._sampler_weight import SamplerCorrection
-from rlstab.losses._surrogate import RatioSurrogate, Surrogate, by_sign, ratio_max
+from rlstab.losses._surrogate import RatioSurrogate, Surrogate, by_sign
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from torch.nn.functional import hardtanh
 from rlstab.batch import LogProbs, Requirement, TokenBatch
 from rlstab.losses._checks import check_part, check_positive, check_range
 from rlstab.losses._estimate import Estimate, attached
+from rlstab.losses._metrics import Max, mask_like
 from rlstab.losses._parts import Part
 
 
@@ -66,6 +67,32 @@ def scored_logp(batch: TokenBatch, source: str) -> Float[Tensor, "B T"]:
     return logp if batch.scores_all(source) else finite_logp(logp)
 
 
+def scored_log_ratio(batch: TokenBatch, reference: str) -> Float[Tensor, "B T"]:
+    """The log-ratio of the policy to `reference`, without gradient, of log-probs as `scored_logp` holds them.
+
+    >>> logps = {"policy": torch.tensor([[-1.0]]), "initial": torch.tensor([[-3.0]])}
+    >>> scored_log_ratio(TokenBatch(mask=torch.ones(1, 1), logps=logps), "initial")
+    tensor([[2.]])
+    """
+    if batch.scores_all("policy") and batch.scores_all(reference):
+        return batch.apart("policy", reference)
+    return finite_logp(batch.held("policy")) - finite_logp(batch.held(reference))
+
+
+def with_slope(estimate: Estimate, batch: TokenBatch) -> Float[Tensor, "B T"]:
+    """A loss with this value and, where the policy's log-prob is finite, this slope in it.
+
+    >>> logp = torch.tensor([[-1.0]], requires_grad=True)
+    >>> found = Estimate(value=torch.tensor([[9.0]]), slope=torch.tensor([[6.0]]))
+    >>> loss = with_slope(found, TokenBatch(mask=torch.ones(1, 1), logps={"policy": logp}))
+    >>> loss.backward(); loss.detach(), logp.grad
+    (tensor([[9.]]), tensor([[6.]]))
+    """
+    if batch.scores_all("policy"):
+        return estimate.value + estimate.slope * batch.zero
+    return attached(estimate, finite_logp(batch.logp("policy")))
+
+
 def masked_row_mean(values: Float[Tensor, "B T"], mask: Shaped[Tensor, "B T"]) -> Float[Tensor, "B 1"]:
     """The mean over the tokens of each row, where `mask` is 1 or true; 0 in a row without tokens."""
     return ((values * mask).sum(-1) / mask.sum(-1).clamp(min=1)).unsqueeze(-1)
@@ -82,13 +109,13 @@ def missing(batch: TokenBatch, source: str) -> Bool[Tensor, "B T"]:
     tensor([[False,  True,  True]])
     """
     source = batch.recorded(source)
-    return batch.once(f"missing from {source}", lambda batch: _missing(batch, source))
+    return batch.once(("missing", source), lambda batch: _missing(batch, source))
 
 
 def _missing(batch: TokenBatch, source: str) -> Bool[Tensor, "B T"]:
     if batch.scores_all(source):
         return torch.zeros_like(batch.loss_mask)
-    logp = batch.logp(source).detach()
+    logp = batch.held(source)
     return ~(logp > -torch.inf) if source == "sampler" else logp.isneginf()
 
 
@@ -100,6 +127,15 @@ def leave_out(values: Float[Tensor, "B #T"], batch: TokenBatch, source: str) -> 
     tensor([[2., 0.]])
     """
     return values if batch.scores_all(source) else torch.where(missing(batch, source), 0.0, values)
+
+
+def ratio_max(ratio: Float[Tensor, "B #T"], batch: TokenBatch) -> Max:
+    """The largest ratio of a token, or of a row that has one; 0 without tokens.
+
+    >>> ratio_max(torch.tensor([[0.5, 1.0]]), TokenBatch(mask=torch.tensor([[True, False]]))).value()
+    tensor(0.5000)
+    """
+    return Max((ratio.detach() * mask_like(ratio, batch.token_weight)).amax())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +182,10 @@ class Ratio(Part):
         """The finite logarithm of the ratio's value, without gradient."""
         return bounded_log(self.log_ratio(batch).detach())
 
+    def largest(self, ratio: Float[Tensor, "B #T"], batch: TokenBatch) -> Max:
+        """`ratio_max` of its own values."""
+        return ratio_max(ratio, batch)
+
     def attached(self, estimate: Estimate, batch: TokenBatch) -> Float[Tensor, "B #T"]:
         """A loss with this value and, within the bounds of `ratio_of`, this slope in the log-ratio."""
         return attached(estimate, bounded_log(self.log_ratio(batch)))
@@ -169,10 +209,15 @@ class TokenRatio(Ratio):
         """As it is, where no bound can bind."""
         return batch.apart("policy", self.against) if batch.close("policy", self.against) else super().bounded(batch)
 
+    def largest(self, ratio: Float[Tensor, "B T"], batch: TokenBatch) -> Max:
+        """Positions outside the loss, whose ratio is 1, need no mask where a larger one is known."""
+        above_one = batch.close("policy", self.against) and batch.extremes("policy", self.against)[1] > 0
+        return Max(ratio.detach().amax()) if above_one else ratio_max(ratio, batch)
+
     def attached(self, estimate: Estimate, batch: TokenBatch) -> Float[Tensor, "B T"]:
         """A slope in the log-ratio is one in the policy's log-prob."""
         if batch.close("policy", self.against):
-            return attached(estimate, batch.logp("policy"))
+            return with_slope(estimate, batch)
         return super().attached(estimate, batch)
 
 

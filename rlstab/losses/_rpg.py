@@ -11,8 +11,8 @@ from rlstab.batch import TokenBatch
 from rlstab.losses._checks import check_choice, check_number, check_range
 from rlstab.losses._clipped import clipped_surrogate
 from rlstab.losses._metrics import Metric, token_mean
-from rlstab.losses._ratio import bounded_log, scored_logp
-from rlstab.losses._surrogate import RatioSurrogate, clip_share, ratio_max
+from rlstab.losses._ratio import bounded_log, ratio_max, scored_logp
+from rlstab.losses._surrogate import RatioSurrogate, clip_share
 
 Direction = Literal["forward", "reverse"]
 

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float, Num
+from jaxtyping import Bool, Float, Num, Shaped
 from torch import Tensor
 
 from rlstab.batch import Column, LogProbs, Requirement, TokenBatch
 from rlstab.errors import CompositionError, ConfigError
 from rlstab.losses._checks import check_part
-from rlstab.losses._metrics import Max, Metric, Min, Sum, Total, mask_like
-from rlstab.losses._ratio import Ratio, TokenRatio, leave_out, missing
+from rlstab.losses._metrics import Max, Metric, Min, Sum, Total
+from rlstab.losses._ratio import Ratio, TokenRatio, missing
 from rlstab.losses._sampler_weight import SamplerCorrection
 from rlstab.losses._term import Loss, Term
 from rlstab.losses._weight import Weight, weights_of
@@ -84,13 +84,6 @@ class Surrogate(Term):
             factor, more = weight.factor(batch)
             values = values * factor
             metrics |= more
-        for source in self.scored_by:
-            if values.shape == batch.shape and source not in self.zero_without:
-                values = leave_out(values, batch, source)
-        return Loss(values, metrics | self._left_out(batch))
-
-    def _left_out(self, batch: TokenBatch) -> dict[str, Metric]:
-        """How many tokens are without a log-prob, by kind."""
         found: dict[str, Tensor | None] = {}
         for source in self.scored_by:
             name = "unscored" if source == "sampler" else "impossible"
@@ -98,7 +91,11 @@ class Surrogate(Term):
             if not batch.scores_all(source):
                 tokens = missing(batch, source)
                 found[name] = tokens if before is None or before is tokens else before | tokens
-        return {name: Total(batch.nothing if flags is None else flags.count_nonzero()) for name, flags in found.items()}
+                if values.shape == batch.shape and source not in self.zero_without:
+                    values = torch.where(tokens, 0.0, values)
+        for name, flags in found.items():
+            metrics[name] = Total(batch.nothing if flags is None else flags.count_nonzero())
+        return Loss(values, metrics)
 
     @abstractmethod
     def surrogate(self, batch: TokenBatch) -> tuple[Float[Tensor, "B #T"], dict[str, Metric]]:
@@ -166,18 +163,13 @@ class RatioSurrogate(Surrogate):
 
 
 def by_sign(advantages: Float[Tensor, "B #T"], *choices: tuple[float, float]) -> list[Float[Tensor, "B #T"]]:
-    """Of each choice the second number where A < 0, else the first.
+    """Of each choice the second number where A is negative, be it -0, else the first.
 
     >>> by_sign(torch.tensor([[2.0, -1.0]]), (1.0, 3.0))
     [tensor([[1., 3.]])]
     """
-    falling = advantages < 0
+    falling = advantages.signbit()
     return [torch.full_like(advantages, first).masked_fill_(falling, second) for first, second in choices]
-
-
-def ratio_max(ratio: Float[Tensor, "B #T"], batch: TokenBatch) -> Max:
-    """The largest ratio of a token, or of a row that has one; 0 without tokens."""
-    return Max((ratio.detach() * mask_like(ratio, batch.token_weight)).amax())
 
 
 def clip_metrics(
@@ -204,10 +196,10 @@ def clip_metrics(
     }
 
 
-def clip_share(clipped: Bool[Tensor, "B #T"], batch: TokenBatch) -> Sum:
-    """The share of the tokens, or of the rows, that are clipped."""
+def clip_share(clipped: Shaped[Tensor, "B #T"], batch: TokenBatch) -> Sum:
+    """The share of the tokens, or of the rows, that are clipped: true, or a number that is not 0."""
     if clipped.shape == batch.shape:
-        return Sum((clipped & batch.loss_mask).count_nonzero(), batch.tokens)
+        return Sum((clipped * batch.token_weight).count_nonzero(), batch.tokens)
     return Sum(clipped.count_nonzero(), batch.token_weight.new_full((), clipped.shape[0]))
 
 

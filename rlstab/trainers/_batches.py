@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlstab.batch import COLUMNS, Count, TokenBatch
+from rlstab.batch import COLUMNS, Count, TokenBatch, as_numbers
 
 __all__ = ["MODEL_KEYS", "completion_masks", "gather_batch", "model_inputs", "token_batch"]
 
@@ -33,10 +33,14 @@ HOST_LOGPS = {
 REFERENCE_LOGPS = "rlstab_logps:"
 PART = "rlstab_part:"
 COMPLETE = "rlstab_complete:"
+MASK, LOSS_MASK, WEIGHT = "rlstab_mask", "rlstab_loss_mask", "rlstab_weight"
+"""What every part of a generation needs, made once: `completion_masks`, and the second as numbers."""
 
 
 def completion_masks(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Real completion tokens, and those of them that the policy wrote (no tool output)."""
+    if LOSS_MASK in inputs:
+        return inputs[MASK], inputs[LOSS_MASK]
     mask = inputs["completion_mask"].bool()
     return mask, mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
 
@@ -105,15 +109,18 @@ def token_batch(
         zeroed=zeroed,
         complete=complete,
         readable=mask.is_cpu,
+        token_weight=inputs.get(WEIGHT),  # type: ignore[arg-type]  # made from the mask where it is None
     )
 
 
 def zero_outside_loss(output: dict[str, Any]) -> None:
     """Set the log-probs that travel with a generation to zero where there is no loss, and note which are all finite.
 
-    Done once for all micro-batches; a note is a key without a value, which the host's shuffle and split let pass.
+    Done once for all micro-batches, with their masks; a note is a key without a value, which the host's shuffle and
+    split let pass.
     """
-    _, loss_mask = completion_masks(output)
+    mask, loss_mask = completion_masks(output)
+    output.update({MASK: mask, LOSS_MASK: loss_mask, WEIGHT: as_numbers(loss_mask)})
     sources = carried(tuple(output)).logps
     output.update({key: torch.where(loss_mask, output[key], 0.0) for key in sources})
     if sources:

@@ -6,7 +6,7 @@ import logging
 import math
 import operator
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -44,7 +44,7 @@ JOINED: dict[str, Callable[[list[float]], float] | None] = {
 }
 
 
-class StepReader(ABC):  # noqa: B024  # what it asks for is when, not what
+class StepReader:
     """A callback that needs every step's numbers as soon as the step ends, rather than when the host logs.
 
     Without one, and without a run folder, `StableGRPOTrainer` leaves them on the device until then.

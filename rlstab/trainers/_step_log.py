@@ -109,10 +109,10 @@ class StepLog:
         for step, of_step in numbers.items():
             for key, value in of_step.items():
                 columns.setdefault(key, {})[step] = value
-            if self._acting or step in infinite:
-                self._act(step, columns)
-            if coefficients := self._host_names.entropy_coefficients(objective):
-                self._extend("train", {"entropy_coef": coefficients})
+        for step in numbers if self._acting else sorted(infinite):
+            self._act(step, columns)
+        if coefficients := self._host_names.entropy_coefficients(objective):
+            self._extend("train", {"entropy_coef": coefficients * len(numbers)})
         columns |= {f"objective/{name}/weight": dict.fromkeys(numbers, weight) for name, weight in applied.items()}
         self._trainer._recorder.close_steps(columns)
         self._numbers, self._accumulation = {}, {}
