@@ -23,7 +23,7 @@ from rlstab.trainers._health import HostMetrics, adam_health
 from rlstab.trainers._observer import ImplicitReward, Observer, SamplerMismatch
 from rlstab.trainers._sample_gradients import SampleGradients
 from rlstab.trainers._signals import is_empty
-from rlstab.trainers._taps import Taps, gradient_norms
+from rlstab.trainers._taps import Taps, gathered, gradient_norms
 from rlstab.trainers._watch_host import DPOTrainer, GeneratingTrainer, RewardedTrainer
 
 __all__ = ["Measuring"]
@@ -240,7 +240,7 @@ def _own_observers(trainer: Any) -> list[Observer]:
 
 def _numbers(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, float]:
     """The values of 0-dim tensors, with one wait for the device."""
-    values = [value.detach().float().to(device) for value in tensors.values()]
+    values = [gathered(value.detach()).float().to(device) for value in tensors.values()]
     numbers = zip(tensors, torch.stack(values).tolist() if values else [], strict=True)
     return {key: value for key, value in numbers if not is_empty(key, value)}
 

@@ -218,3 +218,8 @@ def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor that may be spread over ranks."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be spread over ranks, which then all ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
