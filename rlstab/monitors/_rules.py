@@ -112,13 +112,15 @@ class Rule:
         return CAUSES[self.cause].title if self.cause in CAUSES else self.cause
 
 
-def default_rules(*, act: bool = False) -> tuple[Rule, ...]:
+def default_rules(*, act: bool = False, skips: bool = True) -> tuple[Rule, ...]:
     """The rules of a run about which nothing is known.
 
     Args:
         act: skip steps that are not finite or far out, halve the learning rate where the policy runs away, go back
             where a collapse has begun, and stop at the best policy where the held-out score falls: what is rewarded
             then is something else; without, every rule notes.
+        skips: whether steps can be left out, which DeepSpeed does not allow; without, a run goes back after a loss or a
+            gradient that is not finite, and a gradient far out is noted.
 
     Returns:
         Rules by rising severity within each cause.
@@ -126,11 +128,11 @@ def default_rules(*, act: bool = False) -> tuple[Rule, ...]:
     >>> {rule.action for rule in default_rules()}
     {Note()}
     """
-    skip: Action = SkipStep() if act else Note()
     slow: Action = Scale() if act else Note()
     back: Action = RollBack() if act else Note()
+    skip: Action = SkipStep() if act and skips else Note()
     return (
-        *_of_numbers(skip, back),
+        *_of_numbers(skip if skips else back, skip, back),
         *_of_mismatch(back),
         *_of_drift(slow, back),
         *_of_policy(back),
@@ -140,17 +142,17 @@ def default_rules(*, act: bool = False) -> tuple[Rule, ...]:
     )
 
 
-def _of_numbers(skip: Action, back: Action) -> Sequence[Rule]:
+def _of_numbers(undo: Action, skip: Action, back: Action) -> Sequence[Rule]:
     norm = Spike(scale="log", floor=1e-6, least_spread=0.1, limit=8.0)
     broken = Rule(
         signal="step/bad_gradients",
         detector=Level(above=0.0, steps=1),
         severity="critical",
-        action=skip,
+        action=undo,
         cause="numerics",
     )
     return (
-        Rule(signal="step/loss", detector=NonFinite(), severity="critical", action=skip, cause="numerics"),
+        Rule(signal="step/loss", detector=NonFinite(), severity="critical", action=undo, cause="numerics"),
         broken,
         replace(broken, detector=Level(above=0.0, steps=5), action=back),
         Rule(signal="train/grad_norm", detector=NonFinite(), severity="critical", cause="numerics"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 from torch.optim import Optimizer
 
 from rlstab.errors import ConfigError
-from rlstab.trainers._taps import local
 from rlstab.trainers._under import under
+from rlstab.trainers._weights import Weights
 
 __all__ = ["Guard", "Snapshot", "restore", "take"]
 
@@ -40,17 +39,19 @@ class Guard:
     is restored, which is used up unless it is the best.
 
     The ring of snapshots and the number of rollbacks left are part of every checkpoint. Where FSDP2 spreads the weights
-    over ranks, each rank keeps its own shards.
+    over ranks, each rank keeps its own shards. What FSDP1 and DeepSpeed hold only they can put back: weights and moments
+    go through a checkpoint there, which all ranks write together.
 
     Args:
         every: optimizer steps between snapshots.
         keep: snapshots kept, the best one and the newest ones; each takes the memory of the trained weights, the
-            optimizer and references that have moved.
+            optimizer and references that have moved, under FSDP1 and DeepSpeed the room on disk.
         most: how often a run may go back and on; when a rule asks once more, it goes back and is stopped there.
         settle: steps after going back in which no rule is heard that asks for it again: a sampler may be that many
             updates behind, and hold weights that are gone.
         folder: where snapshots are kept instead of the CPU's memory, one file per process and snapshot; a file is whole
-            or absent, whenever the process is killed. Those of an earlier run or attempt are removed.
+            or absent, whenever the process is killed. Those of an earlier run or attempt are removed. Under FSDP1 and
+            DeepSpeed a folder that all processes share; default there: one in `output_dir`, while the run lasts.
         checkpoints: write the ring into checkpoints; without, a resumed run begins with a ring of its own.
 
     Raises:
@@ -109,7 +110,7 @@ class Snapshot:
 @torch.no_grad()
 def take(
     step: int,
-    model: nn.Module,
+    weights: Weights,
     optimizer: Optimizer,
     scheduler: Any,
     extra: Mapping[str, Any],
@@ -121,86 +122,35 @@ def take(
 
     Args:
         step: optimizer step it has finished.
-        model: what is trained; frozen parameters are left out.
-        optimizer: its moments and settings.
+        weights: how its weights and moments are held.
+        optimizer: its settings.
         scheduler: of the learning rate.
         extra: further state, made of JSON's types.
         beside: further tensors, on the CPU, that nobody writes to any more.
         scores: how good the policy is, by schema key.
     """
-    tensors = {f"weights/{name}": tensor for name, tensor in _state_tensors(model).items()}
-    moments = {f"moments/{place}/{key}": value for place, key, value in _moments(optimizer)}
-    tensors |= {name: local(value) for name, value in moments.items() if isinstance(value, Tensor)}
-    tensors |= {f"generator/{name}": state for name, state in _generators().items()}
+    held = weights.take(step)
+    tensors = {f"generator/{name}": state for name, state in _generators().items()}
+    tensors |= {f"beside/{name}": tensor for name, tensor in beside.items()}
     values = {
-        "moments": {name: value for name, value in moments.items() if not isinstance(value, Tensor)},
-        "devices": {name: str(value.device) for name, value in moments.items() if isinstance(value, Tensor)},
         "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
         "scheduler": scheduler.state_dict(),
         "python": random.getstate(),
         "extra": dict(extra),
         "scores": dict(scores),
     }
-    held = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-    held |= {f"beside/{name}": tensor for name, tensor in beside.items()}
-    return Snapshot(step=step, tensors=held, values=copy.deepcopy(values))
+    return Snapshot(step=step, tensors=held.tensors | tensors, values=copy.deepcopy(held.values | values))
 
 
 @torch.no_grad()
-def restore(snapshot: Snapshot, model: nn.Module, optimizer: Optimizer, scheduler: Any) -> None:
-    """Put a run back, in place: every tensor of it stays the object it is. What `extra` holds is for the caller."""
+def restore(snapshot: Snapshot, weights: Weights, optimizer: Optimizer, scheduler: Any) -> None:
+    """Put a run back. What `extra` and `beside` hold is for the caller."""
     tensors, values = snapshot.tensors, copy.deepcopy(snapshot.values)
-    for name, tensor in _state_tensors(model).items():
-        tensor.copy_(tensors[f"weights/{name}"])
-    _restore_moments(optimizer, {**tensors, **values["moments"]}, values["devices"])
+    weights.put_back(snapshot.step, tensors, values)
     for group, saved in zip(optimizer.param_groups, values["groups"], strict=True):
         group.update({key: tuple(v) if isinstance(group.get(key), tuple) else v for key, v in saved.items()})
     scheduler.load_state_dict(values["scheduler"])
     _set_generators(values["python"], under("generator/", tensors))
-
-
-def _state_tensors(model: nn.Module) -> dict[str, Tensor]:
-    trained = {name: local(p.data) for name, p in model.named_parameters() if p.requires_grad}
-    return trained | {name: local(buffer) for name, buffer in model.named_buffers()}
-
-
-def _places(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
-    for i, group in enumerate(optimizer.param_groups):
-        for j, parameter in enumerate(group["params"]):
-            yield f"{i}/{j}", parameter
-
-
-def _moments(optimizer: Optimizer) -> Iterator[tuple[str, str, Any]]:
-    for place, parameter in _places(optimizer):
-        for key, value in optimizer.state.get(parameter, {}).items():
-            yield place, key, value
-
-
-def _restore_moments(optimizer: Optimizer, saved: Mapping[str, Any], devices: Mapping[str, str]) -> None:
-    by_place: dict[str, dict[str, Any]] = {}
-    for name, value in under("moments/", saved).items():
-        place, key = name.rsplit("/", 1)
-        by_place.setdefault(place, {})[key] = value
-    for place, parameter in _places(optimizer):
-        held = optimizer.state.pop(parameter, {})
-        if place in by_place:
-            optimizer.state[parameter] = {
-                key: _filled(held.get(key), value, parameter, devices.get(f"moments/{place}/{key}", "cpu"))
-                for key, value in by_place[place].items()
-            }
-
-
-def _filled(held: Any, value: Any, parameter: Tensor, device: str) -> Any:
-    """A moment: the tensor that is there, filled; else one made on its device, sharded as the parameter is."""
-    if not isinstance(value, Tensor):
-        return value
-    if isinstance(held, Tensor) and local(held).shape == value.shape:
-        local(held).copy_(value)
-        return held
-    made = value.to(device, copy=True)
-    if isinstance(parameter, DTensor) and value.shape == parameter.to_local().shape:
-        return DTensor.from_local(made, parameter.device_mesh, parameter.placements)
-    return made
 
 
 def _generators() -> dict[str, Tensor]:

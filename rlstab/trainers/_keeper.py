@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from rlstab.errors import ConfigError
 from rlstab.trainers._belongings import belongings_of, put_back
 from rlstab.trainers._grpo import StableGRPOTrainer
 from rlstab.trainers._guard import Guard, Snapshot, restore, take
 from rlstab.trainers._ring import Ring
+from rlstab.trainers._sharded_weights import in_place, shards_of
 from rlstab.trainers._standing import Standing
 from rlstab.trainers._watch_host import GeneratingTrainer
+from rlstab.trainers._weights import Copies, Weights
 
-__all__ = ["Keeper", "Run", "check_sharding"]
+__all__ = ["Keeper", "Run"]
+
+PASSING = "rlstab_guard"  # in the folder of a run's checkpoints, for as long as the run lasts
 
 
 class Run(NamedTuple):
@@ -50,15 +55,41 @@ class Keeper:
         self.last_back: int | None = None
         self._resumed: str | None = None
         self._ranks = 1
+        self._weights: Weights | None = None
+        self._passing: Path | None = None
 
-    def begin(self, args: Any, step: int) -> bool:
-        """Open the ring, with the snapshots of the checkpoint that is resumed from; whether there were any."""
+    def begin(self, args: Any, step: int, run: Run, trainer: Any) -> bool:
+        """Open the ring, with the snapshots of the checkpoint that is resumed from; whether there were any.
+
+        Raises:
+            ConfigError: the weights of this run cannot be put back as the watch is attached.
+        """
         if self._guard is None:
             return False
         self._ranks = args.world_size
-        self.ring = Ring(self._guard.keep, folder=self._guard.folder, rank=args.process_index)
+        folder = self._hold(args, run, trainer, self._guard.folder)
+        self.ring = Ring(self._guard.keep, folder=folder, rank=args.process_index, ranks=self._ranks)
         resumed, self._resumed = self._resumed or _checkpoint_at(args, step), None
-        return self.ring.load(resumed if step > 0 and self._guard.checkpoints else None)
+        found = self.ring.load(resumed if step > 0 and self._guard.checkpoints else None)
+        PartialState().wait_for_everyone()
+        return found
+
+    def _hold(self, args: Any, run: Run, trainer: Any, folder: str | Path | None) -> str | Path | None:
+        """Decide how weights are held; returns the folder of the snapshots, None for the CPU's memory."""
+        if in_place(run.model):
+            self._weights = Copies(run.model, run.optimizer)
+            return folder
+        if folder is None:
+            folder = self._passing = Path(args.output_dir) / PASSING
+        self._weights = shards_of(run.model, run.optimizer, trainer, Path(folder))
+        return folder
+
+    def close(self) -> None:
+        """Remove what no longer serves when the run has ended."""
+        PartialState().wait_for_everyone()
+        if self._passing is not None and PartialState().is_main_process:
+            shutil.rmtree(self._passing)
+        self._passing = None
 
     def resumes(self, checkpoint: str) -> None:
         """Note which checkpoint the host resumes from."""
@@ -80,11 +111,11 @@ class Keeper:
 
     def keep(self, step: int, run: Run, trainer: Any, extra: Mapping[str, Any]) -> None:
         """Take a snapshot; of a trainer that is attached to, with what else belongs to it."""
-        if self._guard is not None:
+        if self._weights is not None:
             beside, values = belongings_of(trainer)
             held = {**extra, **values}
             scores = self.standing.take()
-            parts = (run.model, run.optimizer, run.scheduler)
+            parts = (self._weights, run.optimizer, run.scheduler)
             self.ring.add(take(step, *parts, held, beside=beside, scores=scores))
 
     @property
@@ -110,6 +141,7 @@ class Keeper:
         Raises:
             ConfigError: the ranks do not hold the same snapshots.
         """
+        assert self._weights is not None
         self.rollbacks, self.last_back = self.rollbacks + 1, step
         snapshot = self.ring.before(before)
         if self._ranks > 1:
@@ -120,8 +152,9 @@ class Keeper:
                     f"guard: the first process goes back to step {agreed[0]}, this one has {snapshot.step}: the rings "
                     "are not of one run, resume all processes from the same checkpoint"
                 )
-        restore(snapshot, run.model, run.optimizer, run.scheduler)
+        restore(snapshot, self._weights, run.optimizer, run.scheduler)
         put_back(trainer, snapshot)
+        self.ring.sweep()
         self.standing.take()  # what the policy that is gone has shown
         return snapshot
 
@@ -135,22 +168,6 @@ def drop_rollouts(trainer: Any) -> None:
         trainer._buffered_inputs = None
     if isinstance(trainer, StableGRPOTrainer) and trainer._generation is not None:
         trainer._generation.engine.drop()
-
-
-def check_sharding(guard: Guard | None, model: nn.Module | None, *, sharded: bool) -> None:
-    """Raise `ConfigError` where weights cannot be put back in place.
-
-    Args:
-        guard: how the run is guarded.
-        model: the model once it is prepared, before that None.
-        sharded: the run spreads weights over ranks, and not by FSDP2.
-    """
-    by_shards = model is not None and any(isinstance(p, DTensor) for p in model.parameters())
-    if guard is not None and sharded and not by_shards:
-        raise ConfigError(
-            "guard: DeepSpeed and FSDP1 hold weights that cannot be put back in place: use FSDP2 (fsdp_config with "
-            "version 2), or Stop instead of RollBack, and resume from a checkpoint"
-        )
 
 
 def _checkpoint_at(args: Any, step: int) -> str:

@@ -6,8 +6,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from rlstab.errors import ConfigError, RecordError
 from rlstab.trainers._guard import Snapshot
 from rlstab.trainers._standing import best_of
+from rlstab.trainers._weights import WEIGHTS, weights_folder
 
 __all__ = ["Ring"]
 
@@ -52,12 +53,15 @@ class Ring:
         keep: how many; a single one is the newest.
         folder: where files are kept; None for the CPU's memory.
         rank: which process this is.
+        ranks: how many there are; each reads what as many have written.
     """
 
-    def __init__(self, keep: int, *, folder: str | Path | None = None, rank: int = 0) -> None:
+    def __init__(self, keep: int, *, folder: str | Path | None = None, rank: int = 0, ranks: int = 1) -> None:
         self._keep, self._rank = keep, rank
+        self._of = f"{rank}-of-{ranks}"
         self._folder = Path(folder) if folder is not None else None
         self._entries: list[_Entry] = []
+        self._out: list[_Entry] = []
 
     @property
     def steps(self) -> list[int]:
@@ -76,32 +80,36 @@ class Ring:
         if goes and self._keep > 1 and best_of([entry.scores for entry in entries]) == 0:
             goes = entries[1:2]
         self._entries = [entry for entry in entries if entry not in goes]
-        _remove(goes)
+        self._remove(goes)
 
     def before(self, step: int) -> Snapshot:
         """Take out the newest snapshot from before a step, and those after it: who comes again goes further back.
 
-        The oldest stays, whatever its step, and one whose score is the best so far: it is not the one to blame.
+        The oldest stays, whatever its step, and one whose score is the best so far: it is not the one to blame. Files
+        are there until `sweep`.
         """
         healthy = [entry for entry in self._entries if entry.step < step] or self._entries[:1]
         snapshot = healthy[-1].load()
         proved = best_of([entry.scores for entry in healthy]) == len(healthy) - 1
         stays = healthy if proved else healthy[:-1] or healthy
-        _remove([entry for entry in self._entries if entry not in stays])
+        self._out += [entry for entry in self._entries if entry not in stays]
         self._entries = stays
         return snapshot
+
+    def sweep(self) -> None:
+        """Remove the files of snapshots that were taken out, once the run has gone back."""
+        self._remove(self._out)
+        self._out = []
 
     def save(self, checkpoint: str | Path) -> None:
         """Write the ring into the folder of a checkpoint; files are linked where the disk allows it."""
         folder = Path(checkpoint) / IN_CHECKPOINT
-        for path in self._files(folder):
-            path.unlink()
+        self._clear(folder)
         for entry in self._entries:
-            target = folder / self._name(entry.step)
             if isinstance(entry.held, Path):
-                _link(entry.held, target)
+                self._link(entry.step, entry.held.parent, folder)
             else:
-                write(entry.held, target)
+                write(entry.held, folder / self._name(entry.step))
 
     def load(self, checkpoint: str | Path | None) -> bool:
         """Take up the ring of a checkpoint; one of another run or attempt is forgotten.
@@ -109,27 +117,61 @@ class Ring:
         Returns:
             Whether the checkpoint holds any.
         """
-        _remove(self._entries)
+        self._remove(self._entries)
         if self._folder is not None:
-            for path in self._files(self._folder):
-                path.unlink()
+            self._clear(self._folder)
         saved = self._files(Path(checkpoint) / IN_CHECKPOINT) if checkpoint is not None else []
-        self._entries = []
-        for path in saved:
-            held: Snapshot | Path = read(path) if self._folder is None else self._folder / path.name
-            if isinstance(held, Path):
-                _link(path, held)
-            self._entries.append(_Entry.of(held))
-        _remove(self._entries[: -self._keep])  # a ring that was larger
+        self._entries = [self._take_up(path) for path in saved]
+        self._remove(self._entries[: -self._keep])  # a ring that was larger
         self._entries = self._entries[-self._keep :]
         return bool(saved)
 
+    def _take_up(self, path: Path) -> _Entry:
+        if self._folder is None:
+            return _Entry.of(read(path))
+        entry = _Entry.of(path)
+        self._link(entry.step, path.parent, self._folder)
+        return replace(entry, held=self._folder / path.name)
+
+    # ------------------------------------------------------------------ files, and what all processes have written
+
     def _name(self, step: int) -> str:
-        return f"step-{step:08d}.rank{self._rank}.safetensors"
+        return f"step-{step:08d}.{self._of}.safetensors"
 
     def _files(self, folder: Path) -> list[Path]:
-        mine = re.compile(rf"step-\d{{8}}\.rank{self._rank}\.safetensors")
+        mine = re.compile(rf"step-\d{{8}}\.{self._of}\.safetensors")
         return sorted(path for path in folder.glob("step-*") if mine.fullmatch(path.name))
+
+    def _link(self, step: int, source: Path, target: Path) -> None:
+        """Have a snapshot in another folder too; the first process cares for what belongs to all of them."""
+        shared = weights_folder(source, step)
+        if self._rank == 0 and shared.is_dir():
+            new = target / f"new.{shared.name}"
+            shutil.copytree(shared, new, copy_function=_link_or_copy)
+            new.rename(target / shared.name)
+        path = target / self._name(step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_name(f"new.{path.name}")
+        new.unlink(missing_ok=True)
+        _link_or_copy(source / path.name, new)
+        new.replace(path)
+
+    def _remove(self, entries: list[_Entry]) -> None:
+        for entry in entries:
+            if isinstance(entry.held, Path):
+                entry.held.unlink(missing_ok=True)
+                self._remove_folders([weights_folder(entry.held.parent, entry.step)])
+
+    def _clear(self, folder: Path) -> None:
+        for path in self._files(folder):
+            path.unlink()
+        self._remove_folders(folder.glob(f"*{WEIGHTS}"))
+
+    def _remove_folders(self, folders: Iterable[Path]) -> None:
+        for folder in folders if self._rank == 0 else ():
+            if folder.is_dir():
+                going = folder.rename(folder.with_name(f"old.{folder.name}"))
+                shutil.rmtree(going)
 
 
 def write(snapshot: Snapshot, path: Path) -> None:
@@ -182,18 +224,8 @@ def _unreadable(path: Path, error: Exception) -> RecordError:
     return RecordError(f"{path} cannot be read ({error}): resume from an older checkpoint")
 
 
-def _link(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    new = target.with_name(f"new.{target.name}")
-    new.unlink(missing_ok=True)
+def _link_or_copy(source: str | Path, target: str | Path) -> None:
     try:
-        os.link(source, new)
+        os.link(source, target)
     except OSError:  # another disk, or one without links
-        shutil.copyfile(source, new)
-    new.replace(target)
-
-
-def _remove(entries: list[_Entry]) -> None:
-    for entry in entries:
-        if isinstance(entry.held, Path):
-            entry.held.unlink(missing_ok=True)
+        shutil.copyfile(source, target)

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accelerate import DistributedType, PartialState
-from accelerate.state import AcceleratorState
 from torch import nn
 
 from rlstab.errors import ConfigError, RecordError
@@ -22,7 +21,7 @@ from rlstab.trainers._births import trace
 from rlstab.trainers._grpo import StableGRPOTrainer
 from rlstab.trainers._guard import Guard
 from rlstab.trainers._health import schema_key
-from rlstab.trainers._keeper import Keeper, Run, check_sharding, drop_rollouts
+from rlstab.trainers._keeper import Keeper, Run, drop_rollouts
 from rlstab.trainers._measure import Measuring, broadcast
 from rlstab.trainers._observer import Observer
 from rlstab.trainers._recorder import StepReader
@@ -36,7 +35,6 @@ __all__ = ["Watch", "watch"]
 logger = logging.getLogger("rlstab")
 
 HELD_OUT = "eval/"
-SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 LEVELS = {"note": logging.INFO, "warning": logging.WARNING, "critical": logging.ERROR}
 
 
@@ -48,7 +46,8 @@ class Watch(TrainerCallback, ExportableState, StepReader):
     which signal comes at which level. Watching changes no bit of the training, until a rule asks for an action.
 
     Args:
-        rules: what is looked for; default: `default_rules()`, which act if there is a guard and only note if not.
+        rules: what is looked for; default: `default_rules()`, which act if there is a guard and only note if not, and
+            leave no step out under DeepSpeed.
         guard: keep snapshots to go back to; needed by rules that roll back.
         run: run folder for what is measured and for alarms; default: that of a `StableGRPOTrainer`, if it has one.
         every: optimizer steps between measurements that cost something (optimizer, probes, single gradients); spectra
@@ -80,6 +79,7 @@ class Watch(TrainerCallback, ExportableState, StepReader):
     ) -> None:
         if every < 1:
             raise ConfigError(f"Watch.every: expected at least 1, got {every}")
+        self._rules, self._budget = rules, budget
         self.monitor = Monitor(default_rules(act=guard is not None) if rules is None else rules, budget=budget)
         if guard is None and any(isinstance(rule.action, RollBack) for rule in self.monitor.rules):
             raise ConfigError("Watch.rules: a rule rolls back, and there is no guard: pass guard=Guard()")
@@ -104,7 +104,10 @@ class Watch(TrainerCallback, ExportableState, StepReader):
         Raises:
             ConfigError: a rule asks for what this trainer cannot do.
         """
-        _check(trainer, self.monitor.rules, self._guard)
+        if self._rules is None and trainer.is_deepspeed_enabled:
+            rules = default_rules(act=self._guard is not None, skips=False)
+            self.monitor = Monitor(rules, budget=self._budget)
+        _check(trainer, self.monitor.rules)
         self._trainer = trainer
         if self._run is None and isinstance(trainer, StableGRPOTrainer):
             self._run = trainer._recorder._run
@@ -128,8 +131,8 @@ class Watch(TrainerCallback, ExportableState, StepReader):
         """Take up a resumed run where its checkpoint left it, and the first snapshot."""
         run = Run.of(control, kwargs)
         self._main, self._report_to = args.process_index == 0, list(args.report_to)
-        check_sharding(self._guard, run.model, sharded=AcceleratorState().distributed_type in SHARDING)
         if self._trainer is None:
+            _check_skips(self.monitor.rules, deepspeed=PartialState().distributed_type == DistributedType.DEEPSPEED)
             _check_scales(self.monitor.rules, None)
         products = self._scaling.products if self._scaling is not None else {}
         self._scaling = Scaling(run.optimizer, run.scheduler, self._trainer)
@@ -139,7 +142,7 @@ class Watch(TrainerCallback, ExportableState, StepReader):
             self._take_up(saved)
         state.stateful_callbacks[type(self).__name__] = self.state()
         self._measuring.begin(run.model)
-        if not self._keeper.begin(args, state.global_step):
+        if not self._keeper.begin(args, state.global_step, run, self._trainer):
             self._snapshot(state.global_step, run)
 
     def _take_up(self, saved: Mapping[str, Any]) -> None:
@@ -171,8 +174,9 @@ class Watch(TrainerCallback, ExportableState, StepReader):
             self._keeper.save(f"{args.output_dir}/checkpoint-{state.global_step}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Wait for messages on their way."""
+        """Wait for messages on their way, and remove snapshots that were kept for this run alone."""
         self._messenger.close()
+        self._keeper.close()
         self._measuring.let_go()
 
     # ------------------------------------------------------------------ a step
@@ -397,7 +401,7 @@ def watch(
     return watcher
 
 
-def _check(trainer: Any, rules: Sequence[Rule], guard: Guard | None) -> None:
+def _check(trainer: Any, rules: Sequence[Rule]) -> None:
     """Refuse what this trainer cannot do."""
     if trainer.args.restore_callback_states_from_checkpoint:
         raise ConfigError(
@@ -406,14 +410,20 @@ def _check(trainer: Any, rules: Sequence[Rule], guard: Guard | None) -> None:
         )
     if any(isinstance(callback, Watch) for callback in trainer.callback_handler.callbacks):
         raise ConfigError("this trainer is watched already: detach the other watch first")
-    fsdp1 = trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2
-    check_sharding(guard, None, sharded=trainer.is_deepspeed_enabled or fsdp1)
-    if trainer.is_deepspeed_enabled and any(isinstance(rule.action, SkipStep) for rule in rules):
-        raise ConfigError("SkipStep: DeepSpeed makes its update within the backward pass: use Stop or RollBack")
+    _check_skips(rules, deepspeed=trainer.is_deepspeed_enabled)
     for rule in rules:
         if isinstance(rule.action, Notify):
             rule.action.address()
     _check_scales(rules, trainer.objective if isinstance(trainer, StableGRPOTrainer) else None)
+
+
+def _check_skips(rules: Sequence[Rule], *, deepspeed: bool) -> None:
+    skipping = [rule.signal for rule in rules if isinstance(rule.action, SkipStep)]
+    if deepspeed and skipping:
+        raise ConfigError(
+            f"SkipStep: the rule of {skipping[0]} leaves steps out, and DeepSpeed makes its update within the backward "
+            "pass: use RollBack or Stop"
+        )
 
 
 def _check_scales(rules: Sequence[Rule], objective: Objective | None) -> None:

@@ -90,7 +90,7 @@ ACTIONS: dict[str, tuple[str, str, str]] = {
     "Scale the learning rate": ("yes", "yes", ""),
     "Scale a coefficient": ("", "StableGRPO", "a term whose coefficient is a number"),
     "SkipStep": ("yes", "yes", "not with DeepSpeed"),
-    "RollBack": ("yes", "yes", "a guard; not with DeepSpeed or FSDP1; rollouts are dropped only when attached"),
+    "RollBack": ("yes", "yes", "a guard; with DeepSpeed only when attached; rollouts are dropped only when attached"),
     "Stop": ("yes", "yes", ""),
 }
 """Action: whether a callback and an attached watch can take it, and what it needs."""

@@ -19,6 +19,7 @@ from rlstab.losses import JensenShannon, ReverseKL
 from rlstab.models import tiny_tokenizer
 from rlstab.trainers._exact_pass import Statistics, Streaming
 from rlstab.trainers._guard import restore, take
+from rlstab.trainers._weights import Copies
 
 DIVERGENCES = tuple(ExactDivergence(generator, "initial") for generator in (ReverseKL(), JensenShannon()))
 STREAMING = Streaming(temperature=0.8)
@@ -115,6 +116,7 @@ def restored_shards() -> dict[str, Any]:
     model = sharded(model_of(0, tied=False), mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    copies = Copies(model, optimizer)
 
     def steps(count: int) -> list[float]:
         losses = []
@@ -130,11 +132,11 @@ def restored_shards() -> dict[str, Any]:
 
     torch.manual_seed(rank)
     steps(2)
-    snapshot = take(2, model, optimizer, scheduler, {})
+    snapshot = take(2, copies, optimizer, scheduler, {})
     places = [parameter.to_local().data_ptr() for parameter in model.parameters()]
     expected = steps(3)
     steps(1)
-    restore(snapshot, model, optimizer, scheduler)
+    restore(snapshot, copies, optimizer, scheduler)
     again = steps(3)
     stayed = places == [parameter.to_local().data_ptr() for parameter in model.parameters()]
     held = sum(t.numel() for name, t in snapshot.tensors.items() if name.startswith("weights/"))

@@ -24,13 +24,14 @@ from watched_hosts import host
 
 from rlstab.errors import ConfigError, RecordError
 from rlstab.losses import ClippedSurrogate, EntropyBonus, Linear, Objective, ReverseKL
-from rlstab.monitors import Fall, Level, RollBack, Rule, Scale, Stop
+from rlstab.monitors import Fall, Level, RollBack, Rule, Scale, SkipStep, Stop, default_rules
 from rlstab.record import RunFolder
 from rlstab.rollouts import TransformersEngine
 from rlstab.trainers import Guard, Reset, Watch, watch
 from rlstab.trainers._guard import Snapshot, restore, take
 from rlstab.trainers._ring import Ring, read, write
 from rlstab.trainers._watch_table import LEVELS
+from rlstab.trainers._weights import Copies
 
 BAD_LOSS = Rule(
     signal="step/loss",
@@ -81,13 +82,13 @@ class Loop:
 def test_what_follows_a_restore_is_what_followed_the_snapshot(loop: Callable[[], Loop], before: int) -> None:
     run = loop()
     run.run(before)
-    snapshot = take(before, run.model, run.optimizer, run.scheduler, {})
+    snapshot = take(before, Copies(run.model, run.optimizer), run.optimizer, run.scheduler, {})
     tensors = {name: tensor.data_ptr() for name, tensor in run.model.named_parameters()}
     expected = run.run(4)
     after = run.state()
     run.run(2)
     for _ in range(2):  # a snapshot is not used up
-        restore(snapshot, run.model, run.optimizer, run.scheduler)
+        restore(snapshot, Copies(run.model, run.optimizer), run.optimizer, run.scheduler)
         assert run.run(4) == expected
         assert_same_weights(run.state(), after)
     assert {name: tensor.data_ptr() for name, tensor in run.model.named_parameters()} == tensors
@@ -95,14 +96,14 @@ def test_what_follows_a_restore_is_what_followed_the_snapshot(loop: Callable[[],
 
 def test_frozen_weights_are_not_copied() -> None:
     run = Loop()
-    snapshot = take(0, run.model, run.optimizer, run.scheduler, {})
+    snapshot = take(0, Copies(run.model, run.optimizer), run.optimizer, run.scheduler, {})
     assert "weights/0.bias" not in snapshot.tensors
     assert {"weights/0.weight", "weights/1.running_mean"} <= snapshot.tensors.keys()
 
 
 def snapshots(*steps: int) -> list[Snapshot]:
     run = Loop()
-    return [take(step, run.model, run.optimizer, run.scheduler, {}) for step in steps]
+    return [take(step, Copies(run.model, run.optimizer), run.optimizer, run.scheduler, {}) for step in steps]
 
 
 def test_the_ring_is_bounded_and_goes_further_back_each_time() -> None:
@@ -357,22 +358,26 @@ def test_bad_numbers_are_refused(name: str) -> None:
         Guard(**dict[str, Any]({name: 0}))
 
 
-@pytest.mark.parametrize("sharding", ["FSDP", "DEEPSPEED"])
-def test_weights_that_cannot_be_put_back_are_refused(
-    sharding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_deepspeed_does_not_allow_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attached whole, before anything is trained; as a callback, which knows no trainer, before the first step."""
-    trainer, callback = host("SFT", tmp_path), Watch(guard=Guard())
-    vars(trainer)["is_fsdp_enabled" if sharding == "FSDP" else "is_deepspeed_enabled"] = True
-    cases: tuple[list[Rule] | None, ...] = (None, [])
-    for rules in cases:
-        with pytest.raises(ConfigError, match=r"use FSDP2 .* or Stop instead of RollBack"):
-            watch(trainer, rules, guard=Guard())
+    trainer = host("SFT", tmp_path)
+    vars(trainer)["is_deepspeed_enabled"] = True
+    skipping = [rule for rule in default_rules(act=True) if isinstance(rule.action, SkipStep)]
+    with pytest.raises(ConfigError, match=r"SkipStep: the rule of step/loss leaves steps out, .* use RollBack or Stop"):
+        watch(trainer, skipping)
+    by_default = watch(trainer, guard=Guard()).monitor.rules
+    assert len(by_default) == len(default_rules())
+    assert by_default[0] == replace(skipping[0], action=RollBack())
     for state in (PartialState, AcceleratorState):
-        monkeypatch.setitem(state._shared_state, "distributed_type", DistributedType(sharding))
+        monkeypatch.setitem(state._shared_state, "distributed_type", DistributedType.DEEPSPEED)
     given = {"model": trainer.model, "optimizer": None, "lr_scheduler": None}
-    with pytest.raises(ConfigError, match="DeepSpeed and FSDP1 hold weights that cannot be put back in place"):
-        callback.on_train_begin(trainer.args, trainer.state, trainer.control, **given)
+    cases = (
+        (Watch(skipping), "SkipStep: the rule of"),
+        (Watch([BAD_LOSS], guard=Guard()), r"rlstab\.watch\(trainer, guard"),
+    )
+    for callback, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            callback.on_train_begin(trainer.args, trainer.state, trainer.control, **given)
 
 
 # ---------------------------------------------------------------------- files and checkpoints
@@ -381,15 +386,25 @@ def test_weights_that_cannot_be_put_back_are_refused(
 def snapshot_at(step: int, scores: Mapping[str, float] = MappingProxyType({})) -> Snapshot:
     run = Loop()
     run.run(1)
-    return take(step, run.model, run.optimizer, run.scheduler, {"products": {"learning_rate": 0.5}}, scores=scores)
+    return take(
+        step,
+        Copies(run.model, run.optimizer),
+        run.optimizer,
+        run.scheduler,
+        {"products": {"learning_rate": 0.5}},
+        scores=scores,
+    )
 
 
 def test_a_file_holds_the_snapshot_bit_for_bit(tmp_path: Path) -> None:
     run = Loop()
     run.run(3)
-    write(take(3, run.model, run.optimizer, run.scheduler, {"rollbacks": 1}), tmp_path / "a.safetensors")
+    write(
+        take(3, Copies(run.model, run.optimizer), run.optimizer, run.scheduler, {"rollbacks": 1}),
+        tmp_path / "a.safetensors",
+    )
     expected = run.run(4)
-    restore(read(tmp_path / "a.safetensors"), run.model, run.optimizer, run.scheduler)
+    restore(read(tmp_path / "a.safetensors"), Copies(run.model, run.optimizer), run.optimizer, run.scheduler)
     assert run.run(4) == expected
     assert read(tmp_path / "a.safetensors").extra == {"rollbacks": 1}
 
@@ -406,7 +421,7 @@ def test_a_torn_file_is_named(tmp_path: Path) -> None:
 
 def test_a_state_that_is_no_text_is_refused(tmp_path: Path) -> None:
     run = Loop()
-    snapshot = take(0, run.model, run.optimizer, run.scheduler, {"custom": {1, 2}})
+    snapshot = take(0, Copies(run.model, run.optimizer), run.optimizer, run.scheduler, {"custom": {1, 2}})
     with pytest.raises(ConfigError, match=r"leave Guard\.folder unset"):
         write(snapshot, tmp_path / "a.safetensors")
 

@@ -1,0 +1,136 @@
+"""Runs whose weights FSDP or DeepSpeed have spread over two processes, on the CPU, and what a guard makes of them.
+
+Every batch of these runs is the same, so that a run which goes back makes the same losses and weights again, if it got
+back all that decides them.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from accelerate import DistributedType, PartialState
+from datasets import Dataset
+from small_runs import TOKENIZER, run_folder, tiny_policy
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+from watched_hosts import settings
+
+from rlstab.monitors import Level, RollBack, Rule
+from rlstab.trainers import Guard, watch
+
+SPIKED = Rule(signal="step/loss", detector=Level(above=4.0, steps=1), action=RollBack(remedy=None), cause="numerics")
+
+
+def fsdp(version: int, **changes: Any) -> dict[str, Any]:
+    """Arguments of a trainer with FSDP, which accelerate offers on accelerators only and torch on a CPU too."""
+    os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+    config = {"version": version, "transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer"], "sync_module_states": "false"}
+    config["state_dict_type"] = "SHARDED_STATE_DICT"
+    return {"use_cpu": False, "fsdp": True, "fsdp_config": {**config, **changes}}
+
+
+def deepspeed(stage: int) -> dict[str, Any]:
+    """Arguments of a trainer with DeepSpeed, as a launcher sets it up."""
+    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": f"{stage}"}
+    os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    ops: Any = import_module("deepspeed.ops")
+    ops.__compatible_ops__ = {}  # else it compiles a collective operation of its own, for minutes
+    return {"use_cpu": False, "ddp_backend": "gloo"}
+
+
+def whole_weights(trainer: Any) -> dict[str, Tensor]:
+    """Copies by name, on every process."""
+    if trainer.is_deepspeed_enabled:
+        whole = import_module("deepspeed.utils").safe_get_full_fp32_param
+        return {name: whole(weight).clone() for name, weight in trainer.model.named_parameters()}
+    found: dict[str, Any] = get_model_state_dict(trainer.model, options=StateDictOptions(full_state_dict=True))
+    return {name: weight.clone() for name, weight in found.items()}
+
+
+class Course(TrainerCallback):
+    """Keeps the weights and the learning rate after each step, and makes some steps far too large.
+
+    Args:
+        trainer: whose.
+        spikes: the steps.
+    """
+
+    def __init__(self, trainer: Any, spikes: tuple[int, ...]) -> None:
+        self._trainer, self._spikes = trainer, spikes
+        self.weights: dict[int, dict[str, Tensor]] = {}
+        self.rates: dict[int, float] = {}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 in self._spikes:
+            for group in kwargs["optimizer"].param_groups:
+                group["lr"] = 1.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.weights[state.global_step] = whole_weights(self._trainer)
+        self.rates[state.global_step] = kwargs["optimizer"].param_groups[0]["lr"]
+
+
+def trained(
+    output: Path,
+    arguments: dict[str, Any],
+    *,
+    steps: int,
+    spikes: tuple[int, ...] = (),
+    guard: Guard | None = None,
+    resume: Path | None = None,
+) -> dict[str, Any]:
+    """What became of one run, which saves at step 5."""
+    schedule: dict[str, Any] = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 20, "max_steps": steps}
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 5}
+    args = SFTConfig(**settings(output, **schedule, **saving, **arguments))
+    rows = Dataset.from_dict({"text": ["17+4=21"] * 32})
+    trainer = SFTTrainer(tiny_policy(), args, train_dataset=rows, processing_class=TOKENIZER)
+    run = run_folder(output / "run") if os.environ["RANK"] == "0" else None
+    watcher = watch(trainer, [SPIKED] if guard else [], guard=guard, run=run)
+    trainer.add_callback(course := Course(trainer, spikes))
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    return {
+        "kind": str(trainer.accelerator.distributed_type),
+        "processes": trainer.accelerator.num_processes,
+        "weights": course.weights,
+        "rates": course.rates,
+        "losses": {row["step"]: row["loss"] for row in trainer.state.log_history if "loss" in row},
+        "backs": [(event.step, event.fields["to"]) for event in run.events().of("rolled_back")] if run else [],
+        "ring": watcher._keeper.ring.steps,
+    }
+
+
+def gone_back(output: Path, arguments: dict[str, Any], *, resumes: bool) -> dict[str, Any]:
+    """A run that nothing happens to, one that goes back to its very start and to step 4, and one resumed between."""
+    guard = Guard(every=2, settle=2)
+    runs = {
+        "plain": trained(output / "plain", arguments, steps=4),
+        "spiked": trained(output / "spiked", arguments, steps=8, spikes=(1, 5), guard=guard),
+    }
+    if resumes:
+        checkpoint = output / "spiked" / "checkpoint-5"
+        guard = replace(guard, folder=output / "ring")
+        runs["resumed"] = trained(output / "resumed", arguments, steps=8, guard=guard, resume=checkpoint)
+    return runs
+
+
+def by_fsdp(output: Path) -> dict[str, Any]:
+    """The runs under both versions."""
+    return {
+        f"fsdp{version}": gone_back(output / f"fsdp{version}", fsdp(version), resumes=version == 1)
+        for version in (1, 2)
+    }
+
+
+def by_deepspeed(output: Path) -> dict[str, Any]:
+    """The runs under ZeRO-2 and ZeRO-3."""
+    return {
+        f"zero{stage}": gone_back(output / f"zero{stage}", deepspeed(stage), resumes=stage == 3) for stage in (2, 3)
+    }

@@ -1,0 +1,75 @@
+"""Under FSDP and DeepSpeed, on two processes: a run that goes back gets all of itself back, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sharded_runs import by_deepspeed, by_fsdp
+from small_runs import assert_same_weights
+from two_processes import in_two_processes
+
+PARTS = ("weights", "0-of-2.safetensors", "1-of-2.safetensors")
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all runs write."""
+    return tmp_path_factory.mktemp("sharded")
+
+
+@pytest.fixture(scope="module")
+def fsdp(output: Path) -> list[Any]:
+    """Both processes' results."""
+    return in_two_processes(by_fsdp, output)
+
+
+@pytest.fixture(scope="module")
+def deepspeed(output: Path) -> list[Any]:
+    """Both processes' results."""
+    return in_two_processes(by_deepspeed, output)
+
+
+@pytest.mark.parametrize(
+    ("found", "kind"),
+    [
+        ("fsdp", "fsdp1"),
+        ("fsdp", "fsdp2"),
+        pytest.param("deepspeed", "zero2", marks=pytest.mark.deepspeed),
+        pytest.param("deepspeed", "zero3", marks=pytest.mark.deepspeed),
+    ],
+)
+def test_a_sharded_run_goes_back_to_itself(found: str, kind: str, output: Path, request: pytest.FixtureRequest) -> None:
+    """From step 2 to the start, where the optimizer holds nothing, and from step 6 to step 4; then it goes on."""
+    both = request.getfixturevalue(found)
+    for result in both:
+        plain, spiked = result[kind]["plain"], result[kind]["spiked"]
+        assert {run["kind"] for run in result[kind].values()} == {f"DistributedType.{found.upper()}"}
+        assert {run["processes"] for run in result[kind].values()} == {2}
+        assert spiked["losses"][2] > 4 < spiked["losses"][6]
+        for step, same in {3: 1, 4: 2, 6: 2, 7: 3, 8: 4}.items():
+            assert_same_weights(spiked["weights"][step], plain["weights"][same])
+            assert spiked["rates"][step] == plain["rates"][same]
+        assert [spiked["losses"][step] for step in (3, 4, 7, 8)] == [plain["losses"][step] for step in (1, 2, 3, 4)]
+        assert spiked["ring"] == [0, 2, 6, 8]
+    assert both[0][kind]["spiked"]["backs"] == [(2, 0), (6, 4)]
+    left = {path.name for path in (output / kind / "spiked").iterdir()}
+    assert left == {"README.md", "run", "checkpoint-5", "checkpoint-8"}
+
+
+@pytest.mark.parametrize(
+    ("found", "kind"), [("fsdp", "fsdp1"), pytest.param("deepspeed", "zero3", marks=pytest.mark.deepspeed)]
+)
+def test_the_weights_of_a_ring_are_in_the_checkpoint(
+    found: str, kind: str, output: Path, request: pytest.FixtureRequest
+) -> None:
+    """Resumed at step 5, it goes back at step 6 to step 4, which no other file of the checkpoint holds."""
+    both = request.getfixturevalue(found)
+    for result in both:
+        resumed = result[kind]["resumed"]
+        assert_same_weights(resumed["weights"][8], result[kind]["plain"]["weights"][4])
+        assert resumed["ring"] == [0, 2, 6, 8]
+    assert both[0][kind]["resumed"]["backs"] == [(6, 4)]
+    files = {path.name for path in (output / kind / "ring").iterdir()}
+    assert files == {f"step-0000000{step}.{part}" for step in (0, 2, 6, 8) for part in PARTS}
