@@ -158,8 +158,7 @@ class TokenBatch:
             looking for tokens without.
         readable: says that a number may be read while a loss is computed, because nothing has to wait for it (a
             processor's memory): whether a source is complete is then found out where a part asks.
-        token_weight: `loss_mask` as numbers, 1.0 or 0.0, by which losses and metrics are multiplied; made of it if not
-            given.
+        weights: `loss_mask` as numbers, where it is known as such; the attribute `token_weight` always is.
 
     Raises:
         ShapeError: if a tensor does not have the shape of `mask` (or of its rows).
@@ -193,7 +192,9 @@ class TokenBatch:
     zeroed: bool = False
     complete: frozenset[str] = frozenset()
     readable: bool = False
-    token_weight: Float[Tensor, "B T"] = field(default=None, repr=False)  # type: ignore[assignment]  # so is this
+    weights: Float[Tensor, "B T"] | None = field(default=None, repr=False)
+    token_weight: Float[Tensor, "B T"] = field(init=False, repr=False)
+    """`loss_mask` as numbers, 1.0 or 0.0: what losses and metrics are multiplied with."""
     _memory: dict[Hashable, Tensor] = field(init=False, repr=False, compare=False, default_factory=dict)
     _whole: dict[str, bool] = field(init=False, repr=False, compare=False)
     _extremes: dict[tuple[str, str], tuple[float, float]] = field(
@@ -213,7 +214,7 @@ class TokenBatch:
             own["advantages"] = self._clean(self.advantages)
         if self.router_log_ratios is not None:  # no gradient: what a router does must not be steered by a ratio
             own["router_log_ratios"] = self._clean(self.router_log_ratios.detach())
-        own["token_weight"] = as_numbers(self.loss_mask) if self.token_weight is None else self.token_weight
+        own["token_weight"] = as_numbers(self.loss_mask) if self.weights is None else self.weights
         own["zeroed"] = True
         own["_whole"] = dict.fromkeys(self.complete, True)
 
@@ -228,7 +229,7 @@ class TokenBatch:
         if self.mask.dim() != 2:
             raise ShapeError(f"mask: expected [B, T], got {list(self.mask.shape)}")
         full, rows = self.mask.shape, self.mask.shape[:1]
-        single = {"loss_mask": self.loss_mask, "token_ids": self.token_ids, "token_weight": self.token_weight}
+        single = {"loss_mask": self.loss_mask, "token_ids": self.token_ids, "weights": self.weights}
         for of, tokens in (("{}", single), ("logps[{!r}]", self.logps), ("vocab[{!r}]", self.vocab)):
             for name, value in tokens.items():
                 if value is not None and value.shape != full:
@@ -392,8 +393,7 @@ class TokenBatch:
             name in changes for name in ("mask", "loss_mask", "logps", "vocab", "advantages", "router_log_ratios")
         )
         known: dict[str, object] = {"zeroed": not unclean, "complete": frozenset() if unclean else self.complete}
-        if "mask" in changes or "loss_mask" in changes:
-            known["token_weight"] = None
+        known["weights"] = None if "mask" in changes or "loss_mask" in changes else self.token_weight
         return dataclasses.replace(self, **{**known, **changes})  # type: ignore[arg-type]
 
     def select(self, rows: slice | Tensor) -> TokenBatch:
@@ -404,11 +404,12 @@ class TokenBatch:
 
         counts = {scope: self.count(scope) for scope in ("step", "generation")} | dict(self.counts)
         return self.replace(
-            **{name: take(self.__dict__[name]) for name in ("mask", "loss_mask", "token_weight", *COLUMNS)},
+            **{name: take(self.__dict__[name]) for name in ("mask", "loss_mask", *COLUMNS)},
             **{
                 name: {key: take(value) for key, value in self.__dict__[name].items()}
                 for name in ("logps", "vocab", "parts")
             },
+            weights=take(self.token_weight),
             counts=counts,
             zeroed=True,
             complete=self.complete,

@@ -125,7 +125,7 @@ class ClippedSurrogate(RatioSurrogate):
         ratio, advantages = ratio_of(self.ratio.log_ratio(batch)), batch.token_advantages()
         unclipped = ratio * -advantages
         loss = clip_loss(unclipped, advantages, low=self.low, high=self.high, dual=self.dual, cap=self.cap)
-        metrics = clip_metrics(unclipped.detach() < loss.detach(), advantages, batch)
+        metrics = clip_metrics(unclipped < loss, advantages, batch)
         metrics["ratio_max"] = ratio_max(ratio, batch)
         if self.dual is not None:
             metrics["clip_dual"] = clip_share((ratio.detach() > self.dual) & (advantages < 0), batch)

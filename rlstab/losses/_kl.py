@@ -37,7 +37,12 @@ def estimate(estimator: Estimator, log_ratio: Float[Tensor, "*shape"]) -> Estima
 
 @torch.no_grad()
 def weighted_estimate(
-    estimator: Estimator, log_ratio: Float[Tensor, "*shape"], log_weight: Float[Tensor, "*#shape"], *, joint: bool
+    estimator: Estimator,
+    log_ratio: Float[Tensor, "*shape"],
+    log_weight: Float[Tensor, "*#shape"],
+    *,
+    joint: bool,
+    near: bool = False,
 ) -> Estimate:
     r"""The estimate times $w$, with the slope at fixed $w$ or, `joint`, where $w \propto \pi$.
 
@@ -47,7 +52,8 @@ def weighted_estimate(
     | `k2` | $w a^2 / 2$ | $w a$ | $w (a + a^2 / 2)$ |
     | `k3` | $w (e^{-a} - 1 + a)$ | $-w (e^{-a} - 1)$ | $w a$ |
 
-    Where $e^{-a}$ is large, its exponent is added to that of $w$ before `exp`. Slopes are held at the largest number.
+    Where $e^{-a}$ is large, its exponent is added to that of $w$ before `exp`, unless all $a$ are known to be `near` 0,
+    within 40 nats. Slopes are held at the largest number.
 
     >>> weighted_estimate("k3", torch.tensor([-199.0]), torch.tensor([-199.0]), joint=True).value  # exp(-199 + 199)
     tensor([1.])
@@ -55,9 +61,11 @@ def weighted_estimate(
     weight = log_weight.exp()
     limit = torch.finfo(weight.dtype).max
     if estimator == "k3":
-        opposite = -log_ratio
-        near = opposite.clamp(max=FAR)
-        change, scale = torch.expm1(near), (log_weight + (opposite - near)).exp()
+        opposite, scale = -log_ratio, weight
+        if not near:
+            opposite = opposite.clamp(max=FAR)
+            scale = (log_weight - (log_ratio + opposite)).exp()
+        change = torch.expm1(opposite)
         value = scale * (change + log_ratio)
         return Estimate(value, weight * log_ratio if joint else (-scale * change).clamp(min=-limit))
     plain = estimate(estimator, log_ratio)
@@ -132,6 +140,7 @@ class KL(Term):
 
     def loss(self, batch: TokenBatch) -> Loss:
         """The weighted estimate per token."""
+        near = batch.close("policy", self.reference)
         log_ratio = scored_log_ratio(batch, self.reference)
         if self.weight == "none":
             return self._loss(estimate(self.estimator, log_ratio), batch)
@@ -141,7 +150,7 @@ class KL(Term):
         against, limit = self.ratio.against, torch.finfo(log_weight.dtype).max
         all_drawn = batch.scores_all(against)
         drawn = log_weight if all_drawn else torch.where(missing(batch, against), -limit, log_weight)
-        weighted = weighted_estimate(self.estimator, log_ratio, drawn, joint=joint)
+        weighted = weighted_estimate(self.estimator, log_ratio, drawn, joint=joint, near=near)
         values, metrics = self._loss(weighted, batch)
         if moves and not joint:
             values = torch.addcmul(values, weighted.value.clamp(-limit, limit), log_weight - log_weight.detach())

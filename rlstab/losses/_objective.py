@@ -142,12 +142,13 @@ class Objective:
             batch, weight, together = sources[term.rows], term.coefficient, self._joined.get(name)
             values, metrics = term.loss(batch)
             if together is None or values.dim() == 1:
-                value = term.mean.reduce(values, batch)
-                shares.append(_times(weight, value))
+                share = term.mean.reduce(values, batch)
+                shares.append(_times(weight, share))
+                value = share.detach()
             else:
-                value = term.mean.reduce(values.detach(), batch)  # only reported
                 joint[together] = _plus(joint.get(together), float(weight), values)
-            reports[name] = TermReport(value.detach(), weight, metrics)
+                value = term.mean.reduce(values.detach(), batch)
+            reports[name] = TermReport(value, weight, metrics)
         for name, values in joint.items():
             shares.append(self.terms[name].mean.reduce(values, sources[self.terms[name].rows]))
         return ObjectiveLoss(sum(shares[1:], start=shares[0]), reports)

@@ -34,7 +34,9 @@ REFERENCE_LOGPS = "rlstab_logps:"
 PART = "rlstab_part:"
 COMPLETE = "rlstab_complete:"
 MASK, LOSS_MASK, WEIGHT = "rlstab_mask", "rlstab_loss_mask", "rlstab_weight"
-"""What every part of a generation needs, made once: `completion_masks`, and the second as numbers."""
+WHOLE_IDS, WHOLE_MASK = "rlstab_input_ids", "rlstab_attention_mask"
+"""What every pass over a part of a generation needs, made once: `completion_masks`, the second of them as numbers, and
+prompts and completions as one text."""
 
 
 def completion_masks(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -70,12 +72,15 @@ def carried(keys: tuple[str, ...]) -> Carried:
 
 def model_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of the host's scoring call: ids, attention, how many tokens to score, images."""
-    return {
-        "input_ids": torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-        "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-        "logits_to_keep": inputs["completion_ids"].size(1),
-        **{key: inputs[key] for key in MODEL_KEYS if key in inputs},
-    }
+    ids, mask = (inputs[WHOLE_IDS], inputs[WHOLE_MASK]) if WHOLE_IDS in inputs else whole_text(inputs)
+    images = {key: inputs[key] for key in MODEL_KEYS if key in inputs}
+    return {"input_ids": ids, "attention_mask": mask, "logits_to_keep": inputs["completion_ids"].size(1), **images}
+
+
+def whole_text(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Prompts and completions side by side: their ids, and which of them are real."""
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    return ids, torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
 
 
 def token_batch(
@@ -109,18 +114,19 @@ def token_batch(
         zeroed=zeroed,
         complete=complete,
         readable=mask.is_cpu,
-        token_weight=inputs.get(WEIGHT),  # type: ignore[arg-type]  # made from the mask where it is None
+        weights=inputs.get(WEIGHT),
     )
 
 
 def zero_outside_loss(output: dict[str, Any]) -> None:
     """Set the log-probs that travel with a generation to zero where there is no loss, and note which are all finite.
 
-    Done once for all micro-batches, with their masks; a note is a key without a value, which the host's shuffle and
-    split let pass.
+    Done once for all micro-batches, with what else they all need; a note is a key without a value, which the host's
+    shuffle and split let pass.
     """
     mask, loss_mask = completion_masks(output)
     output.update({MASK: mask, LOSS_MASK: loss_mask, WEIGHT: as_numbers(loss_mask)})
+    output[WHOLE_IDS], output[WHOLE_MASK] = whole_text(output)
     sources = carried(tuple(output)).logps
     output.update({key: torch.where(loss_mask, output[key], 0.0) for key in sources})
     if sources:

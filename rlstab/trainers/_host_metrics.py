@@ -45,7 +45,9 @@ def measured(result: ObjectiveLoss, batch: TokenBatch, ranks: int) -> dict[str, 
     def share(loss: Tensor) -> Total:
         return Total(loss if ranks == 1 else loss / ranks)
 
-    metrics: dict[str, Metric] = {"objective/loss": share(result.loss.detach())}
+    first, *others = result.terms.values()
+    alone = not others and type(first.weight) is float and first.weight == 1
+    metrics: dict[str, Metric] = {"objective/loss": share(first.loss if alone else result.loss.detach())}
     for name, report in result.terms.items():
         metrics[f"objective/{name}/loss"] = share(report.loss)
         for key, metric in report.metrics.items():

@@ -211,6 +211,25 @@ def test_dual_clip_and_cispo_and_gmpo_count_theirs() -> None:
     assert value(metrics, "ratio_max") == pytest.approx(6.0)
 
 
+@pytest.mark.parametrize("readable", [False, True])
+def test_the_bounds_of_cispo_are_counted_on_their_side_of_the_advantage(readable: bool) -> None:
+    ratios, advantages = [[4.0, 0.1, 1.0, 9.0], [4.0, 0.1, 0.2, 9.0], [4.0, 0.1, 1.0, 9.0]], [1.0, -1.0, 0.0]
+    mask = [[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 0]]
+    batch = ratio_batch(ratios, advantages, mask).replace(readable=readable)
+    metrics = dict(CISPO(max=3.0, min=0.5).loss(batch).metrics)
+    assert value(metrics, "clip_high") == pytest.approx(1 / 9)
+    assert value(metrics, "clip_low") == pytest.approx(2 / 9)
+    assert value(dict(CISPO(max=0.15).loss(batch).metrics), "clip_high") == pytest.approx(2 / 9)  # padding has ratio 1
+
+
+@pytest.mark.parametrize("readable", [False, True])
+def test_padding_is_no_largest_ratio(readable: bool) -> None:
+    for largest in (0.5, 1.0, 2.0):
+        batch = ratio_batch([[largest, 0.25, 9.0]], [1.0], [[1, 1, 0]]).replace(readable=readable)
+        for part in (CISPO(), SAPO(), ClippedSurrogate()):
+            assert value(dict(part.loss(batch).metrics), "ratio_max") == pytest.approx(largest), part
+
+
 def test_metrics_of_micro_batches_merge_to_those_of_the_whole() -> None:
     batch = ratio_batch([[1.5, 1.0], [0.5, 0.5], [2.0, 1.0]], [1.0, -1.0, 1.0], [[1, 1], [1, 0], [1, 1]])
     whole = dict(ClippedSurrogate().loss(batch).metrics)

@@ -39,6 +39,20 @@ def test_what_travels_with_a_generation_is_zero_outside_the_loss(name: str, tmp_
     assert all(logps[outside].count_nonzero() == 0 for logps in carried)
 
 
+@pytest.mark.parametrize("name", ["dapo-kl", "tool-mask", "truncated-masked"])
+def test_what_is_made_once_for_a_generation_is_what_each_part_of_it_would_make(name: str, tmp_path: Path) -> None:
+    _, inputs = micro_batch(name, tmp_path)
+    made = {_batches.MASK, _batches.LOSS_MASK, _batches.WEIGHT, _batches.WHOLE_IDS, _batches.WHOLE_MASK}
+    assert made <= inputs.keys()
+    bare = {key: value for key, value in inputs.items() if key not in made}
+    for ours, anew in zip(_batches.completion_masks(inputs), _batches.completion_masks(bare), strict=True):
+        assert torch.equal(ours, anew)
+    for key, value in _batches.model_inputs(bare).items():
+        torch.testing.assert_close(_batches.model_inputs(inputs)[key], value, rtol=0, atol=0)
+    assert torch.equal(_batches.token_batch(inputs).token_weight, _batches.token_batch(bare).token_weight)
+    assert not inputs[_batches.LOSS_MASK].all()
+
+
 def test_tokens_of_tools_are_scored_and_leave_no_trace(tmp_path: Path) -> None:
     trainer, inputs = micro_batch("tool-mask", tmp_path)
     mask, loss_mask = _batches.completion_masks(inputs)

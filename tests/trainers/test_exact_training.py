@@ -36,6 +36,7 @@ from rlstab.losses import (
 )
 from rlstab.models import isolated_rng
 from rlstab.trainers import Signals, StableGRPOTrainer
+from rlstab.trainers._batches import LOSS_MASK
 from rlstab.trainers._skip import drop_gradients, skip_update
 
 TWICE = {"num_iterations": 2, "gradient_accumulation_steps": 2}
@@ -271,7 +272,7 @@ def test_several_references_share_the_pass(tmp_path: Path) -> None:
 def test_a_micro_batch_without_tokens_trains_on(tmp_path: Path) -> None:
     trainer = moved(trainer_of(tmp_path, exact(), signals=None))
     inputs = first_batch(trainer)
-    inputs["completion_mask"] = torch.zeros_like(inputs["completion_mask"])
+    inputs[LOSS_MASK] = torch.zeros_like(inputs[LOSS_MASK])
     logps, vocab, _ = trainer._pass(trainer.model, inputs, aux_loss=False)
     assert not any(value.any() for value in (logps, *vocab.values()))
     found = gradients(trainer.model, {"logp": logps, **vocab})
