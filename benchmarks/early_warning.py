@@ -7,7 +7,8 @@
 The runs are those of `collapses`: one fault each, or none, and for each the harm that it does, fixed beforehand. The
 monitor is shown the numbers of a run step by step, as it would have been, and nothing of the configuration. A harm is
 warned of if an alarm of severity warning or worse opens before its step. A run with a fault and without its harm is a
-stressed survivor. Beside the rules stand fixed thresholds, as they are copied from guide to guide.
+stressed survivor. Beside the rules stand fixed thresholds, as they are copied from guide to guide. Rounds of the final
+set that had been judged before the rules were last chosen are told from those that had not.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from collapses import MODES, SETS, Setting, described, record
+from collapses import FIRST_UNSEEN, MODES, SETS, Setting, described, record
 from collapses._harms import LOSS, NORM, REWARD, Rows, column
 from rich.console import Console
 from rich.table import Table
@@ -34,7 +35,7 @@ from rlstab.trainers._derived import Derived
 
 RULES = "default rules"
 HELD_OUT = "eval/pass@1"
-DERIVED = ("law/", "forecast/", "eval/reward_gap")
+DERIVED = ("law/", "forecast/", "drift/initial/surprise", "eval/reward_gap")
 
 
 def crossing(key: str, holds: Callable[[np.ndarray], np.ndarray]) -> Callable[[Rows], int | None]:
@@ -200,8 +201,8 @@ def summary(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     return {
         "watches": watches,
         "alarms per 1000 steps of the controls": [alarms, steps, round(1000 * alarms / max(steps, 1), 2)],
-        "modes without an early sign": _unannounced(harmed),
-        "runs": [_compact(verdict) for verdict in verdicts],
+        "warned before, of harmed": by_sign(verdicts),
+        "modes without an early sign": unannounced(verdicts),
     }
 
 
@@ -210,11 +211,25 @@ def _flagged(verdicts: Sequence[Verdict], watch: str) -> list[float]:
     return [hits, len(verdicts), *np.round(wilson(hits, len(verdicts)), 3)]
 
 
-def _unannounced(harmed: Sequence[Verdict]) -> list[str]:
-    """Modes of which less than half of the harms are warned of before."""
-    modes = dict.fromkeys(v.setting.mode for v in harmed)
-    of_mode = {mode: [v for v in harmed if v.setting.mode == mode] for mode in modes}
-    return [mode for mode, runs in of_mode.items() if len(leads(runs, RULES)) < len(runs) / 2]
+def by_sign(verdicts: Sequence[Verdict]) -> dict[str, list[int]]:
+    """For each mode how many harms were warned of before, and how many there were."""
+    harmed = [v for v in verdicts if v.harm is not None]
+    of_mode = {
+        mode: [v for v in harmed if v.setting.mode == mode] for mode in dict.fromkeys(v.setting.mode for v in harmed)
+    }
+    return {mode: [len(leads(runs, RULES)), len(runs)] for mode, runs in of_mode.items()}
+
+
+def unannounced(verdicts: Sequence[Verdict]) -> list[str]:
+    """Modes of which less than half of the harms are warned of before, those among them whose harm is sudden."""
+    return [mode for mode, (warned, harmed) in by_sign(verdicts).items() if warned < harmed / 2]
+
+
+def parts(verdicts: Sequence[Verdict]) -> dict[str, Sequence[Verdict]]:
+    """The rounds that had not been judged when the rules were chosen, those that had, and all."""
+    unseen = [v for v in verdicts if v.setting.seed >= FIRST_UNSEEN]
+    earlier = [v for v in verdicts if v.setting.seed < FIRST_UNSEEN]
+    return {"unseen rounds": unseen, "earlier rounds": earlier, "all": verdicts} if unseen else {"all": verdicts}
 
 
 def _compact(verdict: Verdict) -> dict[str, Any]:
@@ -366,6 +381,18 @@ def dumped(figures: Mapping[str, Any]) -> str:
     return f'{head[:-2]},\n "runs": [\n{runs}\n ]\n}}\n'
 
 
+def judgement(verdicts: Sequence[Verdict], console: Console) -> dict[str, Any]:
+    """Print how the rules did, by rounds."""
+    figures: dict[str, Any] = {}
+    for name, part in parts(verdicts).items():
+        figures[name] = found = summary(part)
+        console.print(f"\n{name}", by_mode(part), by_watch(part), sep="\n")
+        alarms, steps, rate = found["alarms per 1000 steps of the controls"]
+        console.print(f"alarms per 1000 steps of the controls: {rate:.2f} ({alarms} in {steps})")
+        console.print(f"modes without an early sign: {', '.join(found['modes without an early sign']) or 'none'}")
+    return {**figures, "runs": [_compact(verdict) for verdict in verdicts]}
+
+
 def make(place: Path, settings: Sequence[Setting], console: Console) -> None:
     """Make the runs of a set that are not there yet."""
     torch.set_num_threads(1)
@@ -393,14 +420,9 @@ def main() -> None:
     else:
         folders = [path.parent for path in sorted(arguments.folder.glob("*/collapse.json"))]
         verdicts = [judge(folder) for folder in folders if not described(folder).guarded]
-        console.print(by_mode(verdicts))
-        console.print(by_watch(verdicts))
-        figures = summary(verdicts)
-        alarms, steps, rate = figures["alarms per 1000 steps of the controls"]
-        console.print(f"alarms per 1000 steps of the controls: {rate:.2f} ({alarms} in {steps})")
-        console.print(f"modes without an early sign: {', '.join(figures['modes without an early sign']) or 'none'}")
+        figures = judgement(verdicts, console)
         if arguments.plot is not None:
-            plot(verdicts, arguments.plot)
+            plot(next(iter(parts(verdicts).values())), arguments.plot)
     if arguments.json is not None:
         arguments.json.write_text(dumped(figures))
 

@@ -6,6 +6,6 @@ chosen on and the one that they are judged on.
 
 from collapses._mode import Fault, Mode
 from collapses._run import Setting, described, is_finished, record
-from collapses._sets import MODES, SETS
+from collapses._sets import FIRST_UNSEEN, MODES, SETS
 
-__all__ = ["MODES", "SETS", "Fault", "Mode", "Setting", "described", "is_finished", "record"]
+__all__ = ["FIRST_UNSEEN", "MODES", "SETS", "Fault", "Mode", "Setting", "described", "is_finished", "record"]

@@ -1,9 +1,9 @@
-"""Which runs there are: three sets that thresholds may be chosen on, the one that they are judged on, and guarded ones.
+"""Which runs there are: four sets that thresholds may be chosen on, the one that they are judged on, and guarded ones.
 
 The final set differs from the tuning set in seed, task, depth of the model and strength of the fault, and from the
-studied one, which looks closer at modes that are hard to tell apart, and that of signs, which looks for early ones, in
-seed, model and strength. It is made in rounds, each with every mode and with controls, so that what is there after any
-round is balanced.
+studied one, which looks closer at modes that are hard to tell apart, and those of signs and of openings, which look for
+early ones, in seed, model and strength. It is made in rounds, each with every mode and with controls, so that what is
+there after any round is balanced.
 """
 
 from __future__ import annotations
@@ -67,8 +67,28 @@ SIGNS: dict[str, Mode] = {
     **router_noise.SIGNS,
 }
 """Modes whose early signs were looked for, and controls."""
-MODES = {**JUDGED, **STUDIED, **STUDIED_AGAIN, **learning_rate.SMALL, **SIGNS}
-ROUNDS, CONTROLS, FIRST_SEED = 7, 5, 100
+OPENING_STEPS = 120
+"""Steps of a run that shows how a mode begins."""
+OPENING: dict[str, Mode] = {
+    name.removesuffix("_signs").removesuffix("_studied") + "_opening": replace(
+        mode,
+        faults=[replace(fault, changes={**fault.changes, "trainer.max_steps": OPENING_STEPS}) for fault in mode.faults],
+    )
+    for name, mode in (
+        *healthy.OPENING.items(),
+        *((name, mode) for name, mode in SIGNS.items() if not mode.control and name != "diversity_signs"),
+        *gradient_spike.STUDIED.items(),
+        *stale_weights.STUDIED_AGAIN.items(),
+        *engine_mismatch.STUDIED_AGAIN.items(),
+        *learning_rate.STUDIED_AGAIN.items(),
+    )
+}
+MODES = {**JUDGED, **STUDIED, **STUDIED_AGAIN, **learning_rate.SMALL, **SIGNS, **OPENING}
+ROUNDS, CONTROLS, FIRST_SEED = 17, 5, 100
+JUDGED_BEFORE = 7
+"""Rounds that had been judged when the rules were chosen for the last time."""
+FIRST_UNSEEN = FIRST_SEED + JUDGED_BEFORE
+"""Seed of the first round that had not."""
 WARNED_OF = (
     *("staleness", "learning_rate", "gradient_spike", "stale_weights", "engine_precision"),
     *("entropy", "hacking", "length", "saturated", "router"),
@@ -134,15 +154,36 @@ def _signs() -> Iterator[Setting]:
                     )
 
 
+def _opening() -> Iterator[Setting]:
+    """The beginnings of what was looked at before, of other policies, with as many controls."""
+    models = (
+        ("sort5", 56, 1),
+        ("sort3", 40, 1),
+        ("sort4", 80, 1),
+        ("sort3", 64, 1),
+        ("sort4", 56, 2),
+        ("sort4", 48, 1),
+    )
+    for round_ in range(4):
+        for strength in range(16):
+            for turn, (name, mode) in enumerate(OPENING.items()):
+                task, hidden, layers = models[(turn + strength + 2 * round_) % len(models)]
+                if strength < len(mode.faults):
+                    seed = 60 + 10 * round_ + strength % 10
+                    yield Setting(mode=name, strength=strength, task=task, hidden=hidden, layers=layers, seed=seed)
+
+
 def _final() -> Iterator[Setting]:
     kinds = list(healthy.MODES)
     for round_ in range(ROUNDS):
         controls = [kinds[at % len(kinds)] for at in range(CONTROLS * round_, CONTROLS * (round_ + 1))]
-        rare = NOW_AND_THEN if round_ in (2, 5) else ()
+        rare = NOW_AND_THEN if round_ % 7 in (2, 5) else ()
         further = DIAGNOSED if round_ > 0 else ()
         for place, name in enumerate((*WARNED_OF, *controls, *further, *rare)):
+            if name in not_finite.MODES and round_ >= JUDGED_BEFORE:
+                continue  # one is like the other
             yield _chosen(name, round_, round_ + place, survivable=False)
-        for name in WARNED_OF[2 * round_ : 2 * round_ + 2]:
+        for name in WARNED_OF[2 * (round_ % 7) :][:2]:
             yield _chosen(name, round_, round_, survivable=True)
 
 
@@ -169,6 +210,7 @@ SETS = {
     "tuning": tuple(_tuning()),
     "studied": (*_studied(), *_studied_again()),
     "signs": tuple(_signs()),
+    "opening": tuple(_opening()),
     "final": tuple(_final()),
     "guarded": tuple(_guarded()),
 }

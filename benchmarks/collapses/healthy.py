@@ -1,5 +1,6 @@
 """Nothing is wrong: runs that learn, of as many kinds as faults are put into."""
 
+from dataclasses import replace
 from functools import partial
 
 from collapses._engine import quantised
@@ -36,6 +37,16 @@ SIGNS = {
             Fault(
                 changes={**PLAIN, "model.init_args.experts": 8, "trainer.learning_rate": 2e-4}, engine={"routes": True}
             ),
+        ],
+    )
+}
+OPENING = {
+    "healthy": Mode(
+        cause=None,
+        faults=[
+            replace(fault, changes={**fault.changes, "trainer.learning_rate": rate})
+            for rate in (2.3e-4, 2.8e-4)
+            for fault in KINDS.values()
         ],
     )
 }

@@ -23,7 +23,7 @@ from rlstab.monitors._diagnosis_data import (
     Trace,
 )
 from rlstab.monitors._fall import Fall
-from rlstab.monitors._laws import Crossing, HeldOutGap, RewardKLLaw
+from rlstab.monitors._laws import Crossing, HeldOutGap, RewardKLLaw, Surprise
 from rlstab.monitors._monitor import Monitor
 from rlstab.monitors._relative import Drift, Side, Spike, ValueScale
 from rlstab.monitors._rules import CAUSES, Cause, Rule, Severity, default_rules
@@ -73,6 +73,7 @@ __all__ = [
     "Spike",
     "State",
     "Stop",
+    "Surprise",
     "Trace",
     "Tracker",
     "ValueScale",

@@ -62,6 +62,72 @@ class RewardKLLaw:
 
 
 @dataclass(kw_only=True, eq=False)
+class Surprise:
+    r"""How much less probable what the policy writes is to its start than what the start wrote itself.
+
+    $$\mathrm{KL}(\pi \Vert \pi_0) + H(\pi) - H(\pi_0) = -\mathbb{E}_\pi \log \pi_0 - H(\pi_0)$$
+
+    A policy that learns by sharpening what it could do loses entropy at least as fast as it gains distance: it writes
+    what was probable from the start, and the surprise falls below 0. It rises where the policy takes up what its start
+    hardly ever did: a leak of the reward, a walk for want of a reward, steps too large. Distance alone does not tell
+    the two apart, nor does entropy.
+
+    Args:
+        first: entropies whose mean is the start's.
+        window: entropies whose mean is the policy's.
+        measurements: of the distance that are averaged; one alone rests on few positions.
+
+    Raises:
+        ConfigError: a number is out of its range.
+
+    >>> law = Surprise(first=2, window=1, measurements=1)
+    >>> for entropy, kl in ((0.7, 0.0), (0.7, math.nan), (0.6, 0.3)):
+    ...     law.observe(entropy, kl=kl)
+    >>> round(law.value, 6)
+    0.2
+    """
+
+    first: int = 10
+    window: int = 5
+    measurements: int = 2
+    _first: list[float] = field(init=False, default_factory=list)
+    _last: list[float] = field(init=False, default_factory=list)
+    _distances: list[float] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        check(self.first >= 1, "Surprise.first", "at least 1 entropy", self.first)
+        check(self.window >= 1, "Surprise.window", "at least 1 entropy", self.window)
+        check(self.measurements >= 1, "Surprise.measurements", "at least 1", self.measurements)
+
+    def observe(self, entropy: float, *, kl: float = math.nan) -> None:
+        """Take the entropy of a step, and KL to the start where it was measured. What is not finite is passed over."""
+        if math.isfinite(kl):
+            self._distances = [*self._distances, kl][-self.measurements :]
+        if not math.isfinite(entropy):
+            return
+        if len(self._first) < self.first:
+            self._first.append(entropy)
+        else:
+            self._last = [*self._last, entropy][-self.window :]
+
+    @property
+    def value(self) -> float:
+        """Nats per token; NaN before there are enough entropies, and while the distance is not known."""
+        if len(self._last) < self.window or not self._distances:
+            return math.nan
+        return fmean(self._distances) + fmean(self._last) - fmean(self._first)
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """What a checkpoint has to hold."""
+        return {"first": list(self._first), "last": list(self._last), "distances": list(self._distances)}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
+        """Go on from a checkpoint."""
+        self._first, self._last = list(state["first"]), list(state["last"])
+        self._distances = list(state["distances"])
+
+
+@dataclass(kw_only=True, eq=False)
 class HeldOutGap:
     r"""How much more the training reward has gained than the held-out one, in spreads of the training reward.
 

@@ -163,7 +163,7 @@ def _of_numbers(undo: Action, skip: Action, back: Action) -> Sequence[Rule]:
 def _of_mismatch(back: Action) -> Sequence[Rule]:
     return (
         Rule(signal="mismatch/k3", detector=Level(above=0.2, clear=0.1, growth=3.0, start=3)),
-        Rule(signal="mismatch/f2", detector=Level(above=0.1, clear=0.05, growth=3.0, start=3)),
+        Rule(signal="mismatch/f2", detector=Level(above=0.05, clear=0.03)),
         Rule(signal="mismatch/k3", detector=Level(above=0.5, clear=0.3)),
         Rule(
             signal="mismatch/k3",
@@ -178,7 +178,7 @@ def _of_mismatch(back: Action) -> Sequence[Rule]:
 def _of_drift(slow: Action, back: Action) -> Sequence[Rule]:
     far = Level(above=1.0, clear=0.5, steps=2)
     return (
-        Rule(signal="drift/initial/kl", detector=Level(above=0.25, clear=0.2, steps=2)),
+        Rule(signal="drift/initial/surprise", detector=Level(above=0.04, clear=0.02, steps=5)),
         Rule(signal="drift/initial/kl", detector=Level(above=0.5, clear=0.3, steps=1), action=slow),
         Rule(signal="drift/initial/kl", detector=far, severity="critical", action=back),
     )
@@ -186,7 +186,7 @@ def _of_drift(slow: Action, back: Action) -> Sequence[Rule]:
 
 def _of_policy(back: Action) -> Sequence[Rule]:
     sinking = Drift(side="low", window=40, renew=True, least_spread=0.05)
-    nearing = Level(below=100.0, growth=1.05, start=1, steps=1)
+    nearing = Level(below=65.0, steps=2)
     return (
         Rule(signal="forecast/policy/entropy", detector=nearing, cause="exploration"),
         Rule(signal="policy/entropy", detector=Level(below=0.05, clear=0.08, growth=5.0, steps=5), cause="exploration"),

@@ -295,7 +295,7 @@ LAWS = (
     Signal(
         "forecast/<metric>",
         "optimizer steps until the trend of <metric> crosses its bound; absent while none does, infinite when it ends",
-        formula="(ln bound − line now) / slope of a line through 20 values of ln <metric>, slope > 4 standard errors",
+        formula="(ln bound − line now) / slope, of a line through 20 (entropy 40) ln <metric>; slope > 4 of its errors",
         unit="steps",
         direction="higher",
         reduction="last",
@@ -324,6 +324,14 @@ DRIFT = (
             cadence=_POSITIONS,
             cost="one forward of the policy, without gradient, at the positions of drift/initial/kl",
         )
+    ),
+    Signal(
+        "drift/initial/surprise",
+        "how much less probable what the policy writes is to its start than what the start wrote; sharpening lowers it",
+        formula="KL + H − H_0: drift/initial/kl (mean of 2), policy/entropy (mean of 5 steps, H_0 of the first 10)",
+        unit="nats/token",
+        direction="lower",
+        reduction="last",
     ),
     Signal(
         "drift/<source>/reward_correlation",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from rlstab.losses import EntropyLaw
-from rlstab.monitors import Crossing, HeldOutGap, RewardKLLaw
+from rlstab.monitors import Crossing, HeldOutGap, RewardKLLaw, Surprise
 
 __all__ = ["BOUNDS", "Bound", "Derived"]
 
@@ -21,19 +21,26 @@ class Bound(NamedTuple):
     Args:
         value: the bound.
         rising: whether the signal comes from below.
+        every_step: whether its trend is looked at at every step, and not only when one looks into the model.
     """
 
     value: float
     rising: bool = True
+    every_step: bool = False
+
+    def crossing(self) -> Crossing:
+        """The trend towards it; what comes with every step has more noise in the same number of values."""
+        window, least = (40, 15) if self.every_step else (20, 8)
+        return Crossing(bound=self.value, rising=self.rising, window=window, least=least)
 
 
 BOUNDS = {
     "attention/logit_max": Bound(1e4),
     "activation/rms": Bound(1e4),
-    "policy/entropy": Bound(0.05, rising=False),
+    ENTROPY: Bound(0.02, rising=False, every_step=True),
 }
 """Attention logits diverge about there; fp16 ends at 65504, which the largest of many activations meets before their
-root mean square does; below an entropy of 0.05 nats all completions of a prompt are one."""
+root mean square does; at an entropy of 0.02 nats the likeliest token has about 0.997 of the probability."""
 
 
 class Derived:
@@ -43,7 +50,8 @@ class Derived:
         self._law = EntropyLaw()
         self._price = RewardKLLaw()
         self._gap = HeldOutGap()
-        self._crossings = {key: Crossing(bound=b.value, rising=b.rising) for key, b in BOUNDS.items()}
+        self._surprise = Surprise()
+        self._crossings = {key: bound.crossing() for key, bound in BOUNDS.items()}
         self._rewards: list[float] = []
         self._leading: set[str] = set()
 
@@ -60,9 +68,9 @@ class Derived:
         """
         if REWARD in values and SPREAD in values:
             self._gap.observe(values[REWARD], values[SPREAD])
-        found = self._of_entropy(values) | self._of_distance(values)
-        for key, crossing in self._crossings.items() if turn else ():
-            if key in values:
+        found = self._of_entropy(values) | self._of_distance(values) | self._of_start(values)
+        for key, crossing in self._crossings.items():
+            if key in values and (turn or BOUNDS[key].every_step):
                 found |= self._forecast(key, crossing.observe(step, values[key]))
         return found
 
@@ -102,12 +110,18 @@ class Derived:
         slope = self._price.slope
         return {} if math.isnan(slope) else {"law/reward_per_sqrt_kl": slope}
 
+    def _of_start(self, values: Mapping[str, float]) -> dict[str, float]:
+        self._surprise.observe(values.get(ENTROPY, math.nan), kl=values.get(KL, math.nan))
+        surprise = self._surprise.value
+        return {} if ENTROPY not in values or math.isnan(surprise) else {"drift/initial/surprise": surprise}
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint has to hold."""
         return {
             "law": self._law.state_dict(),
             "price": self._price.state_dict(),
             "gap": self._gap.state_dict(),
+            "surprise": self._surprise.state_dict(),
             "crossings": {key: crossing.state_dict() for key, crossing in self._crossings.items()},
             "rewards": list(self._rewards),
             "leading": sorted(self._leading),
@@ -118,6 +132,7 @@ class Derived:
         self._law.load_state_dict(state["law"])
         self._price.load_state_dict(state["price"])
         self._gap.load_state_dict(state["gap"])
+        self._surprise.load_state_dict(state["surprise"])
         for key, crossing in self._crossings.items():
             crossing.load_state_dict(state["crossings"][key])
         self._rewards, self._leading = list(state["rewards"]), set(state["leading"])

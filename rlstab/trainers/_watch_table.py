@@ -79,7 +79,8 @@ SIGNALS: tuple[Availability, ...] = (
     Availability(
         "law/reward_per_sqrt_kl", "", "step", ("StableGRPO",), "5 measurements of drift/initial/kl", apart=True
     ),
-    Availability("forecast/", "step", "step", needs="8 measurements that lead to the bound", apart=True),
+    Availability("drift/initial/surprise", "", "step", ("StableGRPO",), "15 steps, drift/initial/kl", apart=True),
+    Availability("forecast/", "step", "step", needs="8 measurements that lead to the bound, 15 of entropy", apart=True),
     Availability("drift/reference/reward_correlation", "", "step", ("GRPO",), "beta above 0", apart=True),
     Availability("tools/failure_frequency", "log", "step", ("GRPO", "StableGRPO"), "tools", apart=True),
 )

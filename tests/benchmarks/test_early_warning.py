@@ -57,7 +57,7 @@ def test_a_healthy_run_has_neither_harm_nor_alarm(figures: dict[str, Any]) -> No
     healthy = row(figures, "healthy")
     assert (healthy["harm"], healthy["alarms"]) == (None, [])
     assert healthy["first"]["entropy < half its start"] is not None
-    assert figures["alarms per 1000 steps of the controls"] == [0, 119, 0.0]
+    assert figures["all"]["alarms per 1000 steps of the controls"] == [0, 119, 0.0]
 
 
 def test_the_warning_comes_before_the_harm(figures: dict[str, Any]) -> None:
@@ -65,7 +65,7 @@ def test_the_warning_comes_before_the_harm(figures: dict[str, Any]) -> None:
     assert 60 < stale["harm"] <= 70
     assert 40 <= stale["first"]["default rules"] < 60
     assert stale["first"]["gradient norm > 5"] is None
-    assert figures["watches"]["default rules"]["harms warned of before"][:2] == [1, 1]
+    assert figures["all"]["watches"]["default rules"]["harms warned of before"][:2] == [1, 1]
 
 
 def test_what_comes_without_a_sign_is_dated_and_left_out_of_the_share(figures: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlstab.errors import ConfigError
-from rlstab.monitors import Crossing, HeldOutGap, RewardKLLaw
+from rlstab.monitors import Crossing, HeldOutGap, RewardKLLaw, Surprise
 from rlstab.monitors._laws import line
 
 
@@ -45,6 +45,39 @@ class TestRewardKL:
     def test_bad_numbers_are_refused(self) -> None:
         with pytest.raises(ConfigError, match=r"RewardKLLaw\.window: expected at least least=5, got 4"):
             RewardKLLaw(window=4)
+
+
+class TestSurprise:
+    def test_it_is_the_cross_entropy_above_the_entropy_of_the_start(self) -> None:
+        """A policy that sharpens its start is not surprising to it; one of the same entropy elsewhere is."""
+        start = np.array([0.5, 0.3, 0.15, 0.05])
+
+        def surprise(policy: np.ndarray) -> float:
+            law = Surprise()
+            for step in range(20):
+                now = start if step < 10 else policy
+                entropy, kl = -float(now @ np.log(now)), float(now @ np.log(now / start))
+                law.observe(entropy, kl=kl if step % 10 >= 8 else math.nan)
+            assert law.value == pytest.approx(float((start - policy) @ np.log(start)))
+            return law.value
+
+        sharper = start**2 / (start**2).sum()
+        assert surprise(sharper) < -0.1
+        assert surprise(start[::-1]) > 1.0
+
+    def test_it_waits_for_its_means_and_a_state_goes_on(self) -> None:
+        law, other = Surprise(first=2, window=2), Surprise(first=2, window=2)
+        for entropy in (0.9, math.nan, 0.7, 0.6):
+            assert math.isnan(law.value)
+            law.observe(entropy, kl=0.1)
+        other.load_state_dict(law.state_dict())
+        for each in (law, other):
+            each.observe(0.4, kl=math.inf)
+        assert other.value == law.value == pytest.approx(0.1 + 0.5 - 0.8)
+
+    def test_bad_numbers_are_refused(self) -> None:
+        with pytest.raises(ConfigError, match=r"Surprise\.first: expected at least 1 entropy, got 0"):
+            Surprise(first=0)
 
 
 class TestHeldOutGap:

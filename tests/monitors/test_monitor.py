@@ -255,6 +255,25 @@ def test_the_default_rules_leave_a_quiet_run_alone() -> None:
     assert alarms(Monitor(), rows) == []
 
 
+def test_the_default_rules_tell_new_ground_from_sharpening() -> None:
+    """Surprise above the noise for five steps is a drift; a policy that sharpens what it could do goes below 0."""
+
+    def opened(values: list[float]) -> list[tuple[int, str]]:
+        return [
+            (alarm.step, alarm.cause) for alarm in alarms(Monitor(), [{"drift/initial/surprise": x} for x in values])
+        ]
+
+    assert opened([0.0] * 10 + [0.1, 0.1, 0.1, 0.1, 0.0] * 4 + [-0.3] * 20) == []
+    assert opened([0.0] * 10 + [0.06] * 10)[0][1] == "drift"
+
+
+def test_the_default_rules_foresee_spent_entropy() -> None:
+    """Two forecasts in a row; one alone, or a trend that has ended, says nothing."""
+    rows = [{"forecast/policy/entropy": left} for left in (90.0, 60.0, 70.0, 40.0, math.inf, 60.0, 59.0)]
+    found = alarms(Monitor(), rows)
+    assert [(alarm.cause, alarm.since) for alarm in found] == [("exploration", found[0].step - 1)]
+
+
 def test_rules_are_data() -> None:
     assert Rule(signal=K3, detector=Level(above=0.5)) == Rule(signal=K3, detector=Level(above=0.5))
     assert len({WARN, CRITICAL, WARN}) == 2

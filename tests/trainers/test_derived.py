@@ -39,9 +39,14 @@ def test_the_laws_are_found() -> None:
     slope = np.polyfit([0.01 * (i + 1) for i in measured][-10:], rewards[-10:], 1)[0]
     assert found[110]["law/reward_per_sqrt_kl"] == pytest.approx(slope)
     assert found[110]["forecast/attention/logit_max"] == pytest.approx(math.log(1e4 / 5.0) / math.log(1.02) - 111)
-    expected = Crossing(bound=0.05, rising=False)
-    left = [expected.observe(i + 1, rows[i]["policy/entropy"]) for i in measured][-1]
-    assert found[110]["forecast/policy/entropy"] == left
+    expected = Crossing(bound=0.02, rising=False, window=40, least=15)
+    left = [expected.observe(i + 1, row["policy/entropy"]) for i, row in enumerate(rows)]
+    assert [row.get("forecast/policy/entropy") for row in found] == left
+    assert left[13] is None
+    assert left[14] == pytest.approx(math.log(0.02 / rows[14]["policy/entropy"]) / math.log(0.98))
+    entropies = [row["policy/entropy"] for row in rows]
+    surprise = (1.01**2 + 1.11**2) / 2 + np.mean(entropies[106:111]) - np.mean(entropies[:10])
+    assert found[110]["drift/initial/surprise"] == pytest.approx(surprise)
 
 
 def test_a_trend_that_ends_is_said_to_once() -> None:
@@ -49,8 +54,8 @@ def test_a_trend_that_ends_is_said_to_once() -> None:
     falling, risen = [2.0 * 0.98**step for step in range(100)], [2.0] * 40
     found = [derived.update(i + 1, {"policy/entropy": h}, turn=i % 10 == 0) for i, h in enumerate(falling + risen)]
     forecasts = [row["forecast/policy/entropy"] for row in found if row]
-    assert forecasts[0] == pytest.approx(math.log(0.05 / falling[70]) / math.log(0.98))
-    assert [left for left in forecasts if math.isinf(left)] == forecasts[3:] == [math.inf]
+    assert forecasts[0] == pytest.approx(math.log(0.02 / falling[14]) / math.log(0.98))
+    assert forecasts.index(math.inf) == len(forecasts) - 1 > len(falling) - 15
 
 
 def test_a_resumed_run_goes_on() -> None:
@@ -75,5 +80,6 @@ def test_a_watched_run_has_them(tmp_path: Path) -> None:
     watch(trainer_of(tmp_path, settings=settings, signals=Signals(drift_every=4), run=folder))._trainer.train()
     rows = [row.values for row in folder.metrics().rows]
     written = {key for row in rows for key in row}
-    assert {"law/ceiling", "law/reward_per_sqrt_kl", "drift/initial/reward_correlation"} <= written
+    assert {"law/ceiling", "law/reward_per_sqrt_kl", "drift/initial/surprise"} <= written
+    assert "drift/initial/reward_correlation" in written
     assert all(-1 <= row.get("drift/initial/reward_correlation", 0.0) <= 1 for row in rows)
