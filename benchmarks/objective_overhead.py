@@ -14,7 +14,9 @@ Three parts:
 
 Each round times three trainers one after the other, in every order in turn: the host, rlstab, and the host again in
 a second instance. `ratio` is the median over rounds of rlstab / host, `noise` that of host again / host, `fastest` the
-ratio of the fastest samples of both, which a busy machine disturbs least. On a CPU the clock is the processor time of
+ratio of the fastest samples of both, which a busy machine disturbs least. A sample of a loss is as many calls in a row
+as fill 25 ms; `one call` is the same ratio of single calls in turn, each of which finds caches that another has filled,
+as a step of training does. On a CPU the clock is the processor time of
 this process on one thread, so that waiting does not count; on CUDA it is the wall clock between two synchronisations.
 Before anything is timed, both losses and gradients are compared.
 """
@@ -62,7 +64,8 @@ from rlstab.trainers._batches import REFERENCE_LOGPS, zero_outside_loss
 SHAPES = ("8x64", "8x512", "32x512", "64x2048")
 PROMPT_LENGTH = 16
 WARMUP, MOST_ROUNDS = 3, 1000
-SAMPLE = 5e-3  # seconds that a sample of a loss takes at least, by repetition
+SAMPLE = 25e-3  # seconds that a sample of a loss takes at least, by repetition
+SINGLE = 0.2  # share of the time of a loss for single calls
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 HOST_TARGET, FIVE_TARGET, IMPORT_TARGET = 1.02, 1.15, 0.3
 IMPORT_PROCESSES = 5
@@ -333,9 +336,12 @@ def measure_loss(bench: Bench, name: str, shape: str, clock: Clock, seconds: flo
     trainers[1]._open_step([inputs])
     host, ours, _ = (loss_and_backward(trainer, inputs) for trainer in trainers)
     calls = max(1, round(SAMPLE / clock.time(partial(loss_and_backward, trainers[0], inputs))))
-    work = [partial(repeat, calls, partial(loss_and_backward, trainer, inputs)) for trainer in trainers]
+    call = [partial(loss_and_backward, trainer, inputs) for trainer in trainers]
+    work = [partial(repeat, calls, one) for one in call]
     same = {} if case.objective is not None else {"difference": difference(ours, host)}
-    return {"case": name, "shape": shape, "target": case.target, **same, **measure(work, clock, seconds)}
+    single = measure(call, clock, SINGLE * seconds)["ratio"]
+    repeated = measure(work, clock, (1 - SINGLE) * seconds)
+    return {"case": name, "shape": shape, "target": case.target, **same, **repeated, "single": single}
 
 
 class Stepper:
@@ -462,11 +468,11 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     """What is printed: `*` marks a median above its target."""
     figures = ("rlstab / host", "min", "max", "IQR", "host / host", "fastest", "rounds")
     loss, step = (
-        Table("case", "shape", *figures, title="loss and backward"),
+        Table("case", "shape", *figures, "one call", title="loss and backward"),
         Table("case", *figures, title="training_step"),
     )
     for row in results["loss"]:
-        loss.add_row(row["case"], row["shape"], *_cells(row))
+        loss.add_row(row["case"], row["shape"], *_cells(row), f"{row['single']['median']:.3f}")
     for row in results["step"]:
         step.add_row(row["case"], *_cells(row))
     imports = Table("module", "torch, s", "added, s", "min", "max", "added, wall s", title="import")

@@ -26,8 +26,9 @@ def test_every_case_is_measured_against_the_host_and_the_host_against_itself(res
     assert len(results["step"]) == 2
     for row in results["loss"] + results["step"]:
         assert row["rounds"] >= 1
-        for ratios in (row["ratio"], row["noise"]):
+        for ratios in (row["ratio"], row["noise"], row.get("single", row["ratio"])):
             assert 0 < ratios["min"] <= ratios["median"] <= ratios["max"]
+    assert all(row["single"] != row["ratio"] for row in results["loss"])
 
 
 def test_what_is_timed_computes_the_same(results: dict[str, Any]) -> None:
