@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from rlstab.batch import ExactDivergence
 from rlstab.losses import Head, Statistic, streamed_statistics
@@ -79,6 +80,8 @@ class Streaming:
             hidden = model(within=_labelled_states, labels=labels, **inputs)["hidden"]
         unwrapped = accelerator.unwrap_model(model)
         head = self.head(unwrapped.get_base_model() if is_peft_model(unwrapped) else unwrapped)
+        if is_deepspeed_zero3_enabled():  # whose parameters alone know how to be gathered
+            return States(hidden, head)
         bias = None if head.bias is None else head.bias.detach()
         # Detached, they stay those of a reference that leaves the policy's place before they are used.
         return States(hidden, replace(head, weight=head.weight.detach(), bias=bias))
