@@ -6,16 +6,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from rlstab.errors import ConfigError
 from rlstab.trainers._grpo import StableGRPOTrainer
 from rlstab.trainers._guard import Snapshot
 from rlstab.trainers._sft import TrustRegionSFTTrainer
 from rlstab.trainers._taps import local
 from rlstab.trainers._under import under
 
-__all__ = ["belongings_of", "put_back"]
+__all__ = ["belongings_of", "check_belongings", "put_back"]
 
 MOVING = "moving/"
+
+
+def check_belongings(trainer: Any) -> None:
+    """Raise `ConfigError` where a reference has moved by the time of going back, and cannot be moved back in place.
+
+    Args:
+        trainer: any; it need not be prepared.
+    """
+    in_parts = is_deepspeed_zero3_enabled() or (trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2)
+    if in_parts and isinstance(trainer, StableGRPOTrainer) and "moving" in trainer._references.own:
+        raise ConfigError(
+            "guard: the reference 'moving' (args.sync_ref_model) is in parts that FSDP1 or ZeRO-3 alone put together, "
+            "and would stay where it has moved to: use FSDP2 or ZeRO-2, or compare with 'initial'"
+        )
 
 
 def belongings_of(trainer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -39,8 +39,8 @@ class Guard:
     is restored, which is used up unless it is the best.
 
     The ring of snapshots and the number of rollbacks left are part of every checkpoint. Where FSDP2 spreads the weights
-    over ranks, each rank keeps its own shards. What FSDP1 and DeepSpeed hold only they can put back: weights and moments
-    go through a checkpoint there, which all ranks write together.
+    over ranks, each rank keeps its own shards. What FSDP1 and DeepSpeed hold only they can put back: weights and
+    moments go through a checkpoint there, which all ranks write together.
 
     Args:
         every: optimizer steps between snapshots.

@@ -17,6 +17,7 @@ from rlstab.probes import Probe
 from rlstab.record import RunFolder, diagnosis_of
 from rlstab.schema import signal
 from rlstab.trainers._actions import Messenger, Scaling, check_scale
+from rlstab.trainers._belongings import check_belongings
 from rlstab.trainers._births import trace
 from rlstab.trainers._grpo import StableGRPOTrainer
 from rlstab.trainers._guard import Guard
@@ -108,6 +109,8 @@ class Watch(TrainerCallback, ExportableState, StepReader):
             rules = default_rules(act=self._guard is not None, skips=False)
             self.monitor = Monitor(rules, budget=self._budget)
         _check(trainer, self.monitor.rules)
+        if self._guard is not None:
+            check_belongings(trainer)
         self._trainer = trainer
         if self._run is None and isinstance(trainer, StableGRPOTrainer):
             self._run = trainer._recorder._run

@@ -14,13 +14,14 @@ from typing import Any
 
 from accelerate import DistributedType, PartialState
 from datasets import Dataset
-from small_runs import TOKENIZER, run_folder, tiny_policy
+from small_runs import TOKENIZER, run_folder, tiny_policy, trainer_of
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 from watched_hosts import settings
 
+from rlstab.losses import ClippedSurrogate, Objective, ReverseKL
 from rlstab.monitors import Level, RollBack, Rule
 from rlstab.trainers import Guard, watch
 
@@ -129,8 +130,20 @@ def by_fsdp(output: Path) -> dict[str, Any]:
     }
 
 
+def compared(output: Path, arguments: dict[str, Any]) -> list[float]:
+    """The losses of a policy that is compared over its whole vocabulary with the one that was passed."""
+    exact = ReverseKL(reference="initial", form="exact")
+    objective = Objective(policy=ClippedSurrogate(), drift=0.1 * exact)
+    trainer = trainer_of(output, objective, settings={"max_steps": 3, "learning_rate": 2e-2, **arguments})
+    trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
 def by_deepspeed(output: Path) -> dict[str, Any]:
-    """The runs under ZeRO-2 and ZeRO-3."""
-    return {
-        f"zero{stage}": gone_back(output / f"zero{stage}", deepspeed(stage), resumes=stage == 3) for stage in (2, 3)
-    }
+    """The runs under ZeRO-2 and ZeRO-3, and after them such as look at whole distributions."""
+    runs: dict[str, Any] = {}
+    for stage in (2, 3):
+        folder, arguments = output / f"zero{stage}", deepspeed(stage)
+        runs[f"zero{stage}"] = gone_back(folder, arguments, resumes=stage == 3)
+        runs[f"compared{stage}"] = compared(folder / "compared", arguments)
+    return runs

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
-from random import Random
 from shutil import copytree
-from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
 from accelerate import DistributedType, PartialState
 from accelerate.state import AcceleratorState
+from loops import Loop
 from small_runs import TOKENIZER, assert_same_weights, run_folder, tiny_policy, trainer_of, weights
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch import Tensor
 from transformers import TrainerCallback
 from watched_hosts import host
 
-from rlstab.errors import ConfigError, RecordError
+from rlstab.errors import ConfigError
 from rlstab.losses import ClippedSurrogate, EntropyBonus, Linear, Objective, ReverseKL
 from rlstab.monitors import Fall, Level, RollBack, Rule, Scale, SkipStep, Stop, default_rules
 from rlstab.record import RunFolder
 from rlstab.rollouts import TransformersEngine
 from rlstab.trainers import Guard, Reset, Watch, watch
-from rlstab.trainers._guard import Snapshot, restore, take
-from rlstab.trainers._ring import Ring, read, write
+from rlstab.trainers._guard import restore, take
 from rlstab.trainers._watch_table import LEVELS
 from rlstab.trainers._weights import Copies
 
@@ -40,32 +35,6 @@ BAD_LOSS = Rule(
     action=RollBack(remedy=None),
     cause="numerics",
 )
-
-
-class Loop:
-    """A training loop whose every step draws random numbers."""
-
-    def __init__(self, make: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW, **arguments: Any) -> None:
-        torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
-        self.model[0].bias.requires_grad_(False)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = make([{"params": trained[:2]}, {"params": trained[2:], "lr": 0.05}], lr=0.1, **arguments)
-        self.scheduler = LambdaLR(self.optimizer, lambda step: 1 / (1 + step))
-
-    def run(self, steps: int) -> list[float]:
-        losses = []
-        for _ in range(steps):
-            self.optimizer.zero_grad()
-            loss = self.model(torch.randn(16, 4)).square().mean()
-            loss.backward()
-            self.optimizer.step()
-            self.scheduler.step()
-            losses.append(loss.item())
-        return losses
-
-    def state(self) -> dict[str, Tensor]:
-        return {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
 
 
 @pytest.mark.parametrize(
@@ -99,51 +68,6 @@ def test_frozen_weights_are_not_copied() -> None:
     snapshot = take(0, Copies(run.model, run.optimizer), run.optimizer, run.scheduler, {})
     assert "weights/0.bias" not in snapshot.tensors
     assert {"weights/0.weight", "weights/1.running_mean"} <= snapshot.tensors.keys()
-
-
-def snapshots(*steps: int) -> list[Snapshot]:
-    run = Loop()
-    return [take(step, Copies(run.model, run.optimizer), run.optimizer, run.scheduler, {}) for step in steps]
-
-
-def test_the_ring_is_bounded_and_goes_further_back_each_time() -> None:
-    ring = Ring(3)
-    for snapshot in snapshots(0, 10, 20, 30):
-        ring.add(snapshot)
-    assert ring.steps == [10, 20, 30]
-    assert ring.before(25).step == 20
-    assert ring.before(26).step == 10
-    assert ring.before(27).step == 10
-
-
-@pytest.mark.parametrize("folder", [None, "disk"])
-def test_the_best_snapshot_stays_however_old_it_is(folder: str | None, tmp_path: Path) -> None:
-    """Held-out scores tell more than the reward; without any score the newest stay."""
-    place = tmp_path / folder if folder else None
-    ring, scores = Ring(3, folder=place), [{"train/reward": reward} for reward in (0.2, 0.8, 0.7, 0.5, 0.3, 0.4)]
-    for step, of_step in enumerate(scores):
-        ring.add(snapshot_at(10 * step, of_step))
-    assert ring.steps == [10, 40, 50]
-    ring.save(tmp_path / "checkpoint")
-    other = Ring(3, folder=tmp_path / "other" if folder else None)
-    other.load(tmp_path / "checkpoint")
-    for held in (ring, other):
-        held.add(snapshot_at(60, {"train/reward": 0.5, "eval/reward": 0.1}))
-        assert held.steps == [40, 50, 60]
-        held.add(snapshot_at(70, {"train/reward": 0.9, "eval/reward": 0.0}))
-        held.add(snapshot_at(80, {"train/reward": 0.9}))
-        held.add(snapshot_at(90, {"train/reward": 0.9}))
-        assert held.steps == [60, 80, 90]
-        assert held.before(85).step == 80
-        assert [held.before(step).step for step in (75, 65, 50)] == [60, 60, 60]  # the best one is not used up
-
-
-def test_without_an_older_one_the_oldest_is_taken() -> None:
-    ring = Ring(2)
-    for snapshot in snapshots(10, 20):
-        ring.add(snapshot)
-    assert ring.before(5).step == 10
-    assert ring.steps == [10]
 
 
 # ---------------------------------------------------------------------- trainers
@@ -380,92 +304,17 @@ def test_what_deepspeed_does_not_allow_is_refused(tmp_path: Path, monkeypatch: p
             callback.on_train_begin(trainer.args, trainer.state, trainer.control, **given)
 
 
-# ---------------------------------------------------------------------- files and checkpoints
+def test_a_moving_reference_in_parts_is_refused(tmp_path: Path) -> None:
+    """It would stay where it is, and the policy that went back would be pulled to what it was taken from."""
+    objective = Objective(policy=ClippedSurrogate(), drift=ReverseKL(reference="moving"))
+    trainer = trainer_of(tmp_path, objective, settings={"sync_ref_model": True})
+    vars(trainer)["is_fsdp_enabled"] = True
+    with pytest.raises(ConfigError, match=r"the reference 'moving' .* use FSDP2 or ZeRO-2, or compare with 'initial'"):
+        watch(trainer, guard=Guard())
+    watch(trainer)
 
 
-def snapshot_at(step: int, scores: Mapping[str, float] = MappingProxyType({})) -> Snapshot:
-    run = Loop()
-    run.run(1)
-    return take(
-        step,
-        Copies(run.model, run.optimizer),
-        run.optimizer,
-        run.scheduler,
-        {"products": {"learning_rate": 0.5}},
-        scores=scores,
-    )
-
-
-def test_a_file_holds_the_snapshot_bit_for_bit(tmp_path: Path) -> None:
-    run = Loop()
-    run.run(3)
-    write(
-        take(3, Copies(run.model, run.optimizer), run.optimizer, run.scheduler, {"rollbacks": 1}),
-        tmp_path / "a.safetensors",
-    )
-    expected = run.run(4)
-    restore(read(tmp_path / "a.safetensors"), Copies(run.model, run.optimizer), run.optimizer, run.scheduler)
-    assert run.run(4) == expected
-    assert read(tmp_path / "a.safetensors").extra == {"rollbacks": 1}
-
-
-def test_a_torn_file_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "a.safetensors"
-    write(snapshot_at(3), path)
-    whole = path.read_bytes()
-    for size in (0, 7, 8, 200, len(whole) - 1):
-        path.write_bytes(whole[:size])
-        with pytest.raises(RecordError, match=r"a\.safetensors cannot be read"):
-            read(path)
-
-
-def test_a_state_that_is_no_text_is_refused(tmp_path: Path) -> None:
-    run = Loop()
-    snapshot = take(0, Copies(run.model, run.optimizer), run.optimizer, run.scheduler, {"custom": {1, 2}})
-    with pytest.raises(ConfigError, match=r"leave Guard\.folder unset"):
-        write(snapshot, tmp_path / "a.safetensors")
-
-
-def keep_on(folder: Path) -> None:
-    """What a process does that is going to be killed."""
-    ring, snapshot = Ring(2, folder=folder), snapshot_at(0)
-    for step in range(10_000):
-        ring.add(replace(snapshot, step=step))
-
-
-def test_a_kill_at_any_moment_leaves_whole_files(tmp_path: Path) -> None:
-    random = Random(0)
-    for attempt in range(8):
-        folder = tmp_path / str(attempt)
-        process = get_context("fork").Process(target=keep_on, args=(folder,), daemon=True)
-        process.start()
-        while not list(folder.glob("step-*")):
-            time.sleep(0.005)
-        time.sleep(random.uniform(0.0, 0.05))
-        process.kill()
-        process.join()
-        kept = [read(path) for path in folder.glob("step-*")]
-        assert 1 <= len(kept) <= 3  # a third where the oldest was about to go
-        assert all(snapshot.extra["products"] == {"learning_rate": 0.5} for snapshot in kept)
-        ring = Ring(2, folder=folder)
-        assert not ring.load(None)
-        assert not list(folder.glob("step-*"))
-
-
-@pytest.mark.parametrize("folder", [None, "disk"])
-def test_a_checkpoint_holds_the_ring(folder: str | None, tmp_path: Path) -> None:
-    place = tmp_path / folder if folder else None
-    ring = Ring(2, folder=place)
-    for step in (10, 20, 30):
-        ring.add(snapshot_at(step))
-    ring.save(tmp_path / "checkpoint")
-    ring.add(snapshot_at(40))
-    other = Ring(2, folder=tmp_path / "other" if folder else None)
-    assert other.load(tmp_path / "checkpoint")
-    assert other.steps == [20, 30]
-    assert other.before(25).step == 20
-    assert ring.steps == [30, 40]
-    assert Ring(2, folder=place, rank=1).load(tmp_path / "checkpoint") is False
+# ---------------------------------------------------------------------- checkpoints
 
 
 @pytest.mark.parametrize("level", LEVELS)

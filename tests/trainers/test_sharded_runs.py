@@ -1,4 +1,4 @@
-"""Under FSDP and DeepSpeed, on two processes: a run that goes back gets all of itself back, bit for bit."""
+"""Under FSDP and DeepSpeed, on two processes: who goes back gets all of a run back, and passes see whole heads."""
 
 from __future__ import annotations
 
@@ -73,3 +73,12 @@ def test_the_weights_of_a_ring_are_in_the_checkpoint(
     assert both[0][kind]["resumed"]["backs"] == [(6, 4)]
     files = {path.name for path in (output / kind / "ring").iterdir()}
     assert files == {f"step-0000000{step}.{part}" for step in (0, 2, 6, 8) for part in PARTS}
+
+
+@pytest.mark.deepspeed
+def test_whole_distributions_are_those_of_gathered_heads(deepspeed: list[Any]) -> None:
+    """ZeRO-3 holds no whole head outside of a forward; its passes gather it, those of the drift signal too."""
+    for result in deepspeed:
+        assert len(result["compared3"]) == 3
+        assert result["compared3"] == pytest.approx(result["compared2"], rel=1e-4)
+    assert len(set(deepspeed[0]["compared3"])) == 3
