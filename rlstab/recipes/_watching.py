@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlstab.errors import RecipeError
-from rlstab.monitors import Notify, RollBack, Rule
+from rlstab.monitors import Notify, Rule
 from rlstab.record import RunFolder
 from rlstab.trainers import Guard, Watch, watch
 
@@ -24,7 +24,8 @@ class Watching:
         budget: false alarms per 1000 steps that all rules together may give.
 
     Raises:
-        RecipeError: for a number out of range, a rule that goes back without a guard, or the address of a webhook.
+        ConfigError: for a number out of range, or a rule that goes back without a guard.
+        RecipeError: for the address of a webhook.
 
     Example:
         >>> Watching(guard=Guard(every=10)).every
@@ -37,20 +38,13 @@ class Watching:
     budget: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise RecipeError(f"watch.every: expected at least 1, got {self.every}")
-        if not self.budget > 0:
-            raise RecipeError(f"watch.budget: expected a number above 0, got {self.budget}")
         for rule in self.rules or ():
             if isinstance(rule.action, Notify) and rule.action.webhook:
                 raise RecipeError(
                     "watch.rules: the address of a webhook would stand in the run folder; set webhook_variable to the "
                     "environment variable that holds it"
                 )
-            if self.guard is None and isinstance(rule.action, RollBack):
-                raise RecipeError(
-                    f"watch.rules: that of {rule.signal} goes back, which needs a guard; set watch.guard: {{}}"
-                )
+        Watch(self.rules, guard=self.guard, every=self.every, budget=self.budget)  # refuses what cannot be watched
 
     def attach(self, trainer: Any, run: RunFolder | None) -> Watch:
         """Watch a trainer, on all its processes."""

@@ -30,7 +30,7 @@ def check_belongings(trainer: Any) -> None:
     if in_parts and isinstance(trainer, StableGRPOTrainer) and "moving" in trainer._references.own:
         raise ConfigError(
             "guard: the reference 'moving' (args.sync_ref_model) is in parts that FSDP1 or ZeRO-3 alone put together, "
-            "and would stay where it has moved to: use FSDP2 or ZeRO-2, or compare with 'initial'"
+            "and would stay where it has moved to: use ZeRO-2 or DDP, or compare with 'initial'"
         )
 
 

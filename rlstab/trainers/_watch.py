@@ -82,8 +82,11 @@ class Watch(TrainerCallback, ExportableState, StepReader):
             raise ConfigError(f"Watch.every: expected at least 1, got {every}")
         self._rules, self._budget = rules, budget
         self.monitor = Monitor(default_rules(act=guard is not None) if rules is None else rules, budget=budget)
-        if guard is None and any(isinstance(rule.action, RollBack) for rule in self.monitor.rules):
-            raise ConfigError("Watch.rules: a rule rolls back, and there is no guard: pass guard=Guard()")
+        if guard is None and (back := [r.signal for r in self.monitor.rules if isinstance(r.action, RollBack)]):
+            raise ConfigError(
+                f"Watch.rules: that of {back[0]} rolls back, and there is no guard: pass guard=Guard(), in a recipe "
+                "guard: {}"
+            )
         self.alarms: list[Alarm] = []
         self._guard, self._keeper = guard, Keeper(guard)
         self._run = run

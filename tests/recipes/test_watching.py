@@ -62,14 +62,15 @@ def test_a_rule_of_a_recipe_takes_its_run_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("watch.guard", "null", f"watch.rules: that of {SIGNAL} goes back, which needs a guard; set watch.guard: {{}}"),
-        ("watch.every", "0", "watch.every: expected at least 1, got 0"),
+        ("watch.guard", "null", f"Watch.rules: that of {SIGNAL} rolls back, and there is no guard: pass guard=Guard()"),
+        ("watch.every", "0", "watch: Watch.every: expected at least 1, got 0"),
         (
             "watch.rules.0.action",
             "{class_path: Notify, init_args: {webhook: 'https://hooks.example/secret'}}",
             "watch.rules: the address of a webhook would stand in the run folder; set webhook_variable",
         ),
-        ("watch.budget", "0", "watch.budget: expected a number above 0, got 0.0"),
+        ("watch.budget", "0", "watch: Monitor.budget: expected false alarms per 1000 steps > 0, got 0.0"),
+        ("watch.budget", ".inf", "watch: Monitor.budget: expected false alarms per 1000 steps > 0, got inf"),
         ("watch.gurad", "1", "watch.gurad: Watching has no argument 'gurad'"),
         (
             "watch.rules.0.detector",

@@ -309,7 +309,7 @@ def test_a_moving_reference_in_parts_is_refused(tmp_path: Path) -> None:
     objective = Objective(policy=ClippedSurrogate(), drift=ReverseKL(reference="moving"))
     trainer = trainer_of(tmp_path, objective, settings={"sync_ref_model": True})
     vars(trainer)["is_fsdp_enabled"] = True
-    with pytest.raises(ConfigError, match=r"the reference 'moving' .* use FSDP2 or ZeRO-2, or compare with 'initial'"):
+    with pytest.raises(ConfigError, match=r"the reference 'moving' .* use ZeRO-2 or DDP, or compare with 'initial'"):
         watch(trainer, guard=Guard())
     watch(trainer)
 

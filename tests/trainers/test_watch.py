@@ -438,7 +438,7 @@ def test_a_run_that_was_not_watched_is_resumed_under_a_watch(tmp_path: Path) -> 
 def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
     trainer = host("SFT", tmp_path)
     rule = Rule(signal="step/loss", detector=ALWAYS, action=RollBack())
-    with pytest.raises(ConfigError, match="a rule rolls back, and there is no guard"):
+    with pytest.raises(ConfigError, match="that of step/loss rolls back, and there is no guard"):
         Watch([rule])
     with pytest.raises(ConfigError, match=r"Watch\.every: expected at least 1, got 0"):
         Watch(every=0)
