@@ -198,12 +198,13 @@ def _chosen(name: str, round_: int, turn: int, *, survivable: bool) -> Setting:
 
 
 def _guarded() -> Iterator[Setting]:
-    """The first run of each mode of early warnings once more, with the guard on."""
-    modes = set(WARNED_OF)
-    for setting in _final():
-        if setting.mode in modes and setting.strength > 0:
-            modes.remove(setting.mode)
-            yield replace(setting, guarded=True)
+    """The first run of each mode of early warnings, and the first unseen one, once more, with the guard on."""
+    for first in (FIRST_SEED, FIRST_UNSEEN):
+        modes = set(WARNED_OF)
+        for setting in _final():
+            if setting.mode in modes and setting.strength > 0 and setting.seed >= first:
+                modes.remove(setting.mode)
+                yield replace(setting, guarded=True)
 
 
 SETS = {
