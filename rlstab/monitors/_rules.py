@@ -161,6 +161,7 @@ def _of_numbers(undo: Action, skip: Action, back: Action) -> Sequence[Rule]:
 
 
 def _of_mismatch(back: Action) -> Sequence[Rule]:
+    """Engines that are the trainer's model have an F(2) of nearly 0; only a mismatch that grows is a reason to go back."""
     return (
         Rule(signal="mismatch/k3", detector=Level(above=0.2, clear=0.1, growth=3.0, start=3)),
         Rule(signal="mismatch/f2", detector=Level(above=0.05, clear=0.03)),
@@ -176,6 +177,7 @@ def _of_mismatch(back: Action) -> Sequence[Rule]:
 
 
 def _of_drift(slow: Action, back: Action) -> Sequence[Rule]:
+    """Sharpening goes far, too: early it is not distance that counts but whether the start would have written it."""
     far = Level(above=1.0, clear=0.5, steps=2)
     return (
         Rule(signal="drift/initial/surprise", detector=Level(above=0.04, clear=0.02, steps=5)),
@@ -185,6 +187,7 @@ def _of_drift(slow: Action, back: Action) -> Sequence[Rule]:
 
 
 def _of_policy(back: Action) -> Sequence[Rule]:
+    """Every run that learns spends entropy; what counts is whether it will be gone soon, or comes back."""
     sinking = Drift(side="low", window=40, renew=True, least_spread=0.05)
     nearing = Level(below=65.0, steps=2)
     return (
@@ -204,6 +207,7 @@ def _of_policy(back: Action) -> Sequence[Rule]:
 
 
 def _of_held_out(back: Action) -> Sequence[Rule]:
+    """What training gains alone shows at an evaluation at the earliest, and the fall of the score itself still later."""
     fallen = Fall(share=0.85, window=2, noise=4.0)
     scores = ("eval/pass@1", "eval/reward")
     return (
