@@ -161,7 +161,7 @@ def _of_numbers(undo: Action, skip: Action, back: Action) -> Sequence[Rule]:
 
 
 def _of_mismatch(back: Action) -> Sequence[Rule]:
-    """Engines that are the trainer's model have an F(2) of nearly 0; only a mismatch that grows is a reason to go back."""
+    """Between a trainer and its own engine F(2) is nearly 0; only a mismatch that grows is a reason to go back."""
     return (
         Rule(signal="mismatch/k3", detector=Level(above=0.2, clear=0.1, growth=3.0, start=3)),
         Rule(signal="mismatch/f2", detector=Level(above=0.05, clear=0.03)),
@@ -207,7 +207,7 @@ def _of_policy(back: Action) -> Sequence[Rule]:
 
 
 def _of_held_out(back: Action) -> Sequence[Rule]:
-    """What training gains alone shows at an evaluation at the earliest, and the fall of the score itself still later."""
+    """What training gains alone shows at an evaluation at the earliest, and a fall of the score itself later."""
     fallen = Fall(share=0.85, window=2, noise=4.0)
     scores = ("eval/pass@1", "eval/reward")
     return (
