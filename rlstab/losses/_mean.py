@@ -64,7 +64,8 @@ class Mean:
             return masked.sum() / _tokens(batch, self.over)
         sequences = _or_one(batch.count(self.over).sequences)
         if self.unit == "sequence":
-            return (masked.sum(-1) / batch.row_divisors).sum() / sequences
+            of_rows = masked.sum(-1) / batch.row_divisors
+            return of_rows.mean() if _is(sequences, of_rows.shape[0]) else of_rows.sum() / sequences
         return masked.sum() / (sequences * self.unit)
 
 
@@ -110,6 +111,11 @@ def _tokens(batch: TokenBatch, over: str) -> Tensor | float:
     if not isinstance(tokens, Tensor):
         return _or_one(tokens)
     return batch.once(("divisor", over), lambda _: tokens.clamp(min=SMALLEST))
+
+
+def _is(count: Tensor | float, number: int) -> bool:
+    """Whether a count is known to be this number, without waiting for a device."""
+    return not isinstance(count, Tensor) and count == number
 
 
 def _or_one(count: Tensor | float) -> Tensor | float:

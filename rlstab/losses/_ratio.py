@@ -183,7 +183,7 @@ class Ratio(Part):
         return bounded_log(self.log_ratio(batch).detach())
 
     def largest(self, ratio: Float[Tensor, "B #T"], batch: TokenBatch) -> Max:
-        """`ratio_max` of its own values."""
+        """`ratio_max` of its own values, which carry no gradient."""
         return ratio_max(ratio, batch)
 
     def attached(self, estimate: Estimate, batch: TokenBatch) -> Float[Tensor, "B #T"]:
@@ -212,7 +212,7 @@ class TokenRatio(Ratio):
     def largest(self, ratio: Float[Tensor, "B T"], batch: TokenBatch) -> Max:
         """Positions outside the loss, whose ratio is 1, need no mask where a larger one is known."""
         highest = batch.extremes("policy", self.against)[1]
-        return Max(ratio.detach().amax()) if 0 < highest < NEAR else ratio_max(ratio, batch)
+        return Max(ratio.amax()) if 0 < highest < NEAR else ratio_max(ratio, batch)
 
     def attached(self, estimate: Estimate, batch: TokenBatch) -> Float[Tensor, "B T"]:
         """A slope in the log-ratio is one in the policy's log-prob."""
