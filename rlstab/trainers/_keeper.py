@@ -86,10 +86,11 @@ class Keeper:
 
     def close(self) -> None:
         """Remove what no longer serves when the run has ended."""
-        PartialState().wait_for_everyone()
-        if self._passing is not None and PartialState().is_main_process:
-            shutil.rmtree(self._passing)
-        self._passing = None
+        passing, self._passing = self._passing, None
+        if passing is not None:
+            PartialState().wait_for_everyone()
+            if PartialState().is_main_process:
+                shutil.rmtree(passing)
 
     def resumes(self, checkpoint: str) -> None:
         """Note which checkpoint the host resumes from."""

@@ -86,10 +86,11 @@ def trained(
     spikes: tuple[int, ...] = (),
     guard: Guard | None = None,
     resume: Path | None = None,
+    saves: bool = False,
 ) -> dict[str, Any]:
-    """What became of one run, which saves at step 5."""
+    """What became of one run, which may save at step 5."""
     schedule: dict[str, Any] = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 20, "max_steps": steps}
-    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 5}
+    saving: dict[str, Any] = {"save_strategy": "steps" if saves else "no", "save_steps": 5}
     args = SFTConfig(**settings(output, **schedule, **saving, **arguments))
     rows = Dataset.from_dict({"text": ["17+4=21"] * 32})
     trainer = SFTTrainer(tiny_policy(), args, train_dataset=rows, processing_class=TOKENIZER)
@@ -113,7 +114,7 @@ def gone_back(output: Path, arguments: dict[str, Any], *, resumes: bool) -> dict
     guard = Guard(every=2, settle=2)
     runs = {
         "plain": trained(output / "plain", arguments, steps=4),
-        "spiked": trained(output / "spiked", arguments, steps=8, spikes=(1, 5), guard=guard),
+        "spiked": trained(output / "spiked", arguments, steps=8, spikes=(1, 5), guard=guard, saves=resumes),
     }
     if resumes:
         checkpoint = output / "spiked" / "checkpoint-5"
@@ -140,10 +141,12 @@ def compared(output: Path, arguments: dict[str, Any]) -> list[float]:
 
 
 def by_deepspeed(output: Path) -> dict[str, Any]:
-    """The runs under ZeRO-2 and ZeRO-3, and after them such as look at whole distributions."""
-    runs: dict[str, Any] = {}
-    for stage in (2, 3):
-        folder, arguments = output / f"zero{stage}", deepspeed(stage)
-        runs[f"zero{stage}"] = gone_back(folder, arguments, resumes=stage == 3)
-        runs[f"compared{stage}"] = compared(folder / "compared", arguments)
-    return runs
+    """The runs under ZeRO-2 and ZeRO-3."""
+    return {
+        f"zero{stage}": gone_back(output / f"zero{stage}", deepspeed(stage), resumes=stage == 3) for stage in (2, 3)
+    }
+
+
+def compared_by_deepspeed(output: Path) -> dict[int, list[float]]:
+    """Such as look at whole distributions, by stage."""
+    return {stage: compared(output / f"compared{stage}", deepspeed(stage)) for stage in (2, 3)}
