@@ -348,7 +348,7 @@ def _ends_and_bests(folder: Path) -> tuple[tuple[float, float], tuple[float, flo
         value
         for step, value in zip(reward.steps, reward.values, strict=True)
         if not any(to < step <= end for end, to in backs)
-    ]
+    ] or [reward.values[0]]  # back at the start, whose samples the first step has rewarded
     means = np.convolve(kept, np.ones(10) / 10, "valid") if len(kept) >= 10 else np.array(kept)
     return (float(means[-20:].mean()), float(skill.values[-1])), (float(means.max()), float(skill.values.max()))
 

@@ -198,8 +198,11 @@ def _chosen(name: str, round_: int, turn: int, *, survivable: bool) -> Setting:
 
 
 def _guarded() -> Iterator[Setting]:
-    """The first run of each mode of early warnings, and the first unseen one, once more, with the guard on."""
-    for first in (FIRST_SEED, FIRST_UNSEEN):
+    """The first run of each mode of early warnings, and the first two unseen ones, once more, with the guard on.
+
+    The last of the three was made after the guard's rules were chosen, which the first two had shown to be too late.
+    """
+    for first in (FIRST_SEED, FIRST_UNSEEN, FIRST_UNSEEN + 1):
         modes = set(WARNED_OF)
         for setting in _final():
             if setting.mode in modes and setting.strength > 0 and setting.seed >= first:

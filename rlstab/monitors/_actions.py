@@ -143,7 +143,8 @@ class RollBack(Action):
 
     Args:
         remedy: what is changed after going back, so that the same does not come again; None for nothing.
-        stop: end the training there, with a checkpoint: for what comes again whatever is changed.
+        stop: go back to the best of the healthy snapshots and end the training there, with a checkpoint: for what comes
+            again whatever is changed.
 
     >>> RollBack().remedy.factor
     0.5

@@ -207,11 +207,21 @@ def _of_policy(back: Action) -> Sequence[Rule]:
 
 
 def _of_held_out(back: Action) -> Sequence[Rule]:
-    """What training gains alone shows at an evaluation at the earliest, and a fall of the score itself later."""
+    """What training gains alone shows at an evaluation at the earliest, and a fall of the score itself later.
+
+    A gap of a whole spread of the first rewards is no longer a matter of prompts that were learned by heart.
+    """
     fallen = Fall(share=0.85, window=2, noise=4.0)
     scores = ("eval/pass@1", "eval/reward")
     return (
         Rule(signal="eval/reward_gap", detector=Level(above=0.25, clear=0.15, steps=1), cause="held_out"),
+        Rule(
+            signal="eval/reward_gap",
+            detector=Level(above=1.0, steps=1),
+            severity="critical",
+            action=back,
+            cause="held_out",
+        ),
         *(Rule(signal=key, detector=fallen, severity="critical", action=back, cause="held_out") for key in scores),
     )
 

@@ -147,11 +147,7 @@ class StableGRPOTrainer(GRPOTrainer):
         self._recorder = Recorder(self, run)
         self._skipped: set[str] = set()
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            for source in sorted(self._references.give_up_parked()):
-                self.report_skipped(
-                    f"drift/{source}/kl",
-                    "the policy is spread over ranks: use a term that compares with this reference",
-                )
+            _supply.fit_to_shards(self)
         attach = partial(streaming.attach, fused=streams(self.objective.requires))
         attach(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         self._references.prepare(self, model, attach)

@@ -46,7 +46,8 @@ class Guard:
         every: optimizer steps between snapshots.
         keep: snapshots kept, the best one and the newest ones; each takes the memory of the trained weights, the
             optimizer and references that have moved, under FSDP1 and DeepSpeed the room on disk.
-        most: how often a run may go back and on; when a rule asks once more, it goes back and is stopped there.
+        most: how often a run may go back and on; when a rule asks once more, it goes back to the best snapshot from
+            before the evidence, and is stopped there.
         settle: steps after going back in which no rule is heard that asks for it again: a sampler may be that many
             updates behind, and hold weights that are gone.
         folder: where snapshots are kept instead of the CPU's memory, one file per process and snapshot; a file is whole

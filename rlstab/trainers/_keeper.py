@@ -130,12 +130,13 @@ class Keeper:
             return False
         return step - self.last_back <= self._guard.settle
 
-    def go_back(self, step: int, before: int, run: Run, trainer: Any) -> Snapshot:
+    def go_back(self, step: int, before: int, run: Run, trainer: Any, *, best: bool = False) -> Snapshot:
         """Bring weights, optimizer, schedule, random numbers and belongings back to before a step, on all ranks alike.
 
         Args:
             step: the one that has ended.
             before: the one that is gone back to before.
+            best: go back to the best snapshot from before it, not the newest.
             run: what is brought back.
             trainer: whose belongings; None where nothing is attached to one.
 
@@ -144,7 +145,7 @@ class Keeper:
         """
         assert self._weights is not None
         self.rollbacks, self.last_back = self.rollbacks + 1, step
-        snapshot = self.ring.before(before)
+        snapshot = self.ring.before(before, best=best)
         if self._ranks > 1:
             agreed = [snapshot.step]
             broadcast_object_list(agreed)

@@ -82,13 +82,19 @@ class Ring:
         self._entries = [entry for entry in entries if entry not in goes]
         self._remove(goes)
 
-    def before(self, step: int) -> Snapshot:
+    def before(self, step: int, *, best: bool = False) -> Snapshot:
         """Take out the newest snapshot from before a step, and those after it: who comes again goes further back.
 
         The oldest stays, whatever its step, and one whose score is the best so far: it is not the one to blame. Files
         are there until `sweep`.
+
+        Args:
+            step: the one.
+            best: take the best from before it instead, where a score is known.
         """
         healthy = [entry for entry in self._entries if entry.step < step] or self._entries[:1]
+        place = best_of([entry.scores for entry in healthy]) if best else None
+        healthy = healthy if place is None else healthy[: place + 1]
         snapshot = healthy[-1].load()
         proved = best_of([entry.scores for entry in healthy]) == len(healthy) - 1
         stays = healthy if proved else healthy[:-1] or healthy

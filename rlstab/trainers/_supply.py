@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -17,13 +17,22 @@ from rlstab.rollouts import Engine
 from rlstab.trainers._extra_rows import ExtraRows
 from rlstab.trainers._guidance import Guidance, rows_of
 from rlstab.trainers._host import GRPOConfig
+from rlstab.trainers._policy_pass import streams
 from rlstab.trainers._references import OWN, Teacher
 from rlstab.trainers._reset import Reset
 from rlstab.trainers._signals import Signals
 from rlstab.trainers._snapshots import ANCHOR, lag_of
 from rlstab.trainers._teacher import TeacherServer
 
-__all__ = ["Supply", "check_sampler", "check_supply", "check_terms", "check_types", "reference_sources"]
+__all__ = [
+    "Supply",
+    "check_sampler",
+    "check_supply",
+    "check_terms",
+    "check_types",
+    "fit_to_shards",
+    "reference_sources",
+]
 
 PASSES = {"policy", "old", "sampler"}
 
@@ -182,6 +191,26 @@ def check_supply(trainer: Any) -> None:
             "TopEntropy(over='micro_batch') would rank the tokens of each process by themselves "
             f"({trainer.accelerator.num_processes} processes): use over='step', which ranks those of the whole step"
         )
+
+
+def fit_to_shards(trainer: Any) -> None:
+    """Leave out, and say so, what cannot be measured of a policy that is spread over ranks.
+
+    Raises:
+        ConfigError: a term reads it.
+    """
+    for source in sorted(trainer._references.give_up_parked()):
+        trainer.report_skipped(
+            f"drift/{source}/kl", "the policy is spread over ranks: use a term that compares with this reference"
+        )
+    if trainer.is_deepspeed_enabled or trainer.accelerator.is_fsdp2:
+        return
+    flat = "FSDP1 keeps weights flat, which only a forward can read: use FSDP2 (fsdp_config with version 2)"
+    if streams(trainer.objective.requires):
+        raise ConfigError(f"objective: a term reads whole distributions, for which it needs the head, and {flat}")
+    if trainer.signals.drift:
+        trainer.signals = replace(trainer.signals, drift=False)
+        trainer.report_skipped("drift/initial/kl", flat)
 
 
 def _ranks_tokens_locally(objective: Objective) -> bool:

@@ -323,10 +323,11 @@ class Watch(TrainerCallback, ExportableState, StepReader):
         """Go back to before the evidence began, apply the remedy, and let the data go on; or stop there."""
         assert self._scaling is not None
         used_up = self._keeper.used_up
+        ends = used_up or action.stop
         products = dict(self._scaling.products)
         # What a step measures is of the policy before its update, what an evaluation measures of the one after it.
         before = due.since if due.rule.signal.startswith(HELD_OUT) else due.since - 1
-        snapshot = self._keeper.go_back(step, before, run, self._trainer)
+        snapshot = self._keeper.go_back(step, before, run, self._trainer, best=ends)
         self._scaling.products = dict(snapshot.extra["products"])
         self.monitor.load_state_dict(snapshot.extra["monitor"], step=step)
         self._measuring.load_state_dict(snapshot.extra["signals"])
@@ -337,7 +338,7 @@ class Watch(TrainerCallback, ExportableState, StepReader):
         self._due = []
         self._event("rolled_back", step, to=snapshot.step, reason=due.finding, products=dict(self._scaling.products))
         self._say(logging.ERROR, f"step {step}: back to the weights of step {snapshot.step}: {due.finding}")
-        if used_up or action.stop:
+        if ends:
             times = f", after {self._keeper.rollbacks - 1} rollbacks (Guard.most)" if used_up else ""
             self._stop(step, True, due.finding + times, run.control)
 

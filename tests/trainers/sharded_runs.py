@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pytest
 from accelerate import DistributedType, PartialState
 from datasets import Dataset
 from small_runs import TOKENIZER, run_folder, tiny_policy, trainer_of
@@ -21,9 +22,10 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 from watched_hosts import settings
 
+from rlstab.errors import ConfigError
 from rlstab.losses import ClippedSurrogate, Objective, ReverseKL
 from rlstab.monitors import Level, RollBack, Rule
-from rlstab.trainers import Guard, watch
+from rlstab.trainers import Guard, Signals, watch
 
 SPIKED = Rule(signal="step/loss", detector=Level(above=4.0, steps=1), action=RollBack(remedy=None), cause="numerics")
 
@@ -138,6 +140,19 @@ def compared(output: Path, arguments: dict[str, Any]) -> list[float]:
     trainer = trainer_of(output, objective, settings={"max_steps": 3, "learning_rate": 2e-2, **arguments})
     trainer.train()
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def by_flat_weights(output: Path) -> dict[str, Any]:
+    """What FSDP1, whose weights only a forward can read, says of whole distributions, and a run without them."""
+    arguments = {"max_steps": 2, **fsdp(1)}
+    with pytest.raises(ConfigError) as refused:
+        trainer_of(output, Objective(exact=ReverseKL(form="exact")), settings=arguments)
+    run = run_folder(output / "run") if os.environ["RANK"] == "0" else None
+    objective = Objective(policy=ClippedSurrogate(), drift=0.1 * ReverseKL(samples="old"))
+    trainer = trainer_of(output, objective, signals=Signals(), run=run, settings=arguments)
+    trainer.train()
+    skipped = [str(event.fields["reason"]) for event in run.events().of("signal_skipped")] if run else []
+    return {"steps": trainer.state.global_step, "refused": str(refused.value), "skipped": skipped}
 
 
 def by_deepspeed(output: Path) -> dict[str, Any]:

@@ -57,6 +57,15 @@ def test_the_best_snapshot_stays_however_old_it_is(folder: str | None, tmp_path:
         assert [held.before(step).step for step in (75, 65, 50)] == [60, 60, 60]  # the best one is not used up
 
 
+@pytest.mark.parametrize("scored", [False, True])
+def test_a_run_that_ends_takes_the_best_from_before_the_evidence(scored: bool) -> None:
+    ring = Ring(4)
+    for step, reward in ((10, 0.2), (20, 0.8), (30, 0.5), (40, 0.9)):
+        ring.add(snapshot_at(step, {"eval/reward": reward} if scored else {}))
+    assert ring.before(35, best=True).step == (20 if scored else 30)
+    assert ring.steps == [10, 20]
+
+
 def test_without_an_older_one_the_oldest_is_taken() -> None:
     ring = Ring(2)
     for snapshot in snapshots(10, 20):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sharded_runs import by_deepspeed, by_fsdp, compared_by_deepspeed
+from sharded_runs import by_deepspeed, by_flat_weights, by_fsdp, compared_by_deepspeed
 from small_runs import assert_same_weights
 from two_processes import in_two_processes
 
@@ -74,6 +74,15 @@ def test_the_weights_of_a_ring_are_in_the_checkpoint(
     assert both[0][kind]["resumed"]["backs"] == [(6, 4)]
     files = {path.name for path in (output / kind / "ring").iterdir()}
     assert files == {f"step-0000000{step}.{part}" for step in (0, 2, 6, 8) for part in PARTS}
+
+
+def test_flat_weights_are_trained_and_what_cannot_read_them_says_so(tmp_path: Path) -> None:
+    both = in_two_processes(by_flat_weights, tmp_path)
+    for result in both:
+        assert result["steps"] == 2
+        assert "a term reads whole distributions" in result["refused"]
+        assert "use FSDP2" in result["refused"]
+    assert any("FSDP1 keeps weights flat" in reason for reason in both[0]["skipped"])
 
 
 @pytest.mark.deepspeed
