@@ -10,6 +10,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed prints what it looked for, into examples too
+
 # They hold no example, and would import vLLM before every run.
 collect_ignore = ["rlstab/rollouts/_vllm_worker.py", "rlstab/rollouts/_vllm_routes_worker.py"]
 if not find_spec("triton"):
