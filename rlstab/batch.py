@@ -285,10 +285,7 @@ class TokenBatch:
 
     def apart(self, source: str, other: str) -> Float[Tensor, "B T"]:
         """The log-ratio of two sources per token, without gradient."""
-        key = ("apart", source, other)
-        if key not in self._memory:
-            self._memory[key] = self.held(source) - self.held(other)
-        return self._memory[key]
+        return self.once(("apart", source, other), lambda batch: batch.held(source) - batch.held(other))
 
     def close(self, source: str, other: str) -> bool:
         """Whether all tokens are known to have a log-prob under both sources, in a ratio that fits any dtype.
@@ -303,7 +300,7 @@ class TokenBatch:
         key = (source, other)
         if key not in self._extremes:
             self._extremes[key] = found = _read_extremes(self.apart(source, other)) if self.readable else UNKNOWN
-            if found[0] > -NEAR and found[1] < NEAR:
+            if -math.inf < found[0] and found[1] < math.inf:
                 self._whole[self.recorded(source)] = self._whole[self.recorded(other)] = True
         return self._extremes[key]
 

@@ -74,7 +74,7 @@ class TopCovariance(StepStatistic):
 
     def compute(self, batch: TokenBatch) -> Bool[Tensor, "N T"]:
         """The chosen tokens."""
-        logp = batch.logp("policy").detach().double()  # double: padding must not change the order by rounding
+        logp = batch.held("policy").double()  # double: padding must not change the order by rounding
         mask = batch.loss_mask & logp.isfinite()
         score = torch.where(mask, covariance(logp, batch.token_advantages().double(), mask), -torch.inf).flatten()
         order = score.argsort(descending=True, stable=True)

@@ -106,7 +106,7 @@ class CovarianceSample(StepStatistic):
 
     def eligible(self, batch: TokenBatch) -> Bool[Tensor, "N T"]:
         """The tokens among which the lot falls."""
-        logp = batch.logp("policy").detach().double()  # a choice has no gradient
+        logp = batch.held("policy").double()  # a choice has no gradient
         mask = batch.loss_mask & logp.isfinite() & ~missing(batch, "old")
         advantages, log_ratio = batch.token_advantages().double(), logp - batch.logp("old")
         summand = covariance(torch.where(mask, logp, 0.0), advantages, mask)
@@ -220,7 +220,7 @@ class MeanCovariance(StepStatistic):
 
     def compute(self, batch: TokenBatch) -> Float[Tensor, ""]:
         """The mean of the summands."""
-        logp = batch.logp("policy").detach().double()  # a measurement
+        logp = batch.held("policy").double()  # a measurement
         mask = batch.loss_mask & logp.isfinite()
         summand = covariance(torch.where(mask, logp, 0.0), batch.token_advantages().double(), mask)
         return torch.where(mask, summand, 0.0).sum() / mask.sum().clamp(min=1)

@@ -275,7 +275,7 @@ class Divergence(Term):
     def _tokens(self, batch: TokenBatch, ref_logp: Float[Tensor, "B T"]) -> "_Tokens":
         logp, behaviour = batch.logp("policy"), batch.behaviour(self._behaviour)
         ref_logp = ref_logp.detach()
-        sample_logp = batch.logp(behaviour).detach()  # a ratio to μ weighs, it is not descended
+        sample_logp = batch.held(behaviour)  # a ratio to μ weighs, it is not descended
         count, unscored = batch.tokens, batch.nothing
         if not batch.scores_all(behaviour):
             scored = ~sample_logp.isnan()

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.nn.functional import hardtanh
 
-from rlstab.batch import NEAR, LogProbs, Requirement, TokenBatch
+from rlstab.batch import LogProbs, Requirement, TokenBatch
 from rlstab.losses._checks import check_part, check_positive, check_range
 from rlstab.losses._estimate import Estimate, attached
 from rlstab.losses._metrics import Max, mask_like
@@ -212,7 +212,7 @@ class TokenRatio(Ratio):
     def largest(self, ratio: Float[Tensor, "B T"], batch: TokenBatch) -> Max:
         """Positions outside the loss, whose ratio is 1, need no mask where a larger one is known."""
         highest = batch.extremes("policy", self.against)[1]
-        return Max(ratio.amax()) if 0 < highest < NEAR else ratio_max(ratio, batch)
+        return Max(ratio.amax()) if 0 < highest < math.inf else ratio_max(ratio, batch)
 
     def attached(self, estimate: Estimate, batch: TokenBatch) -> Float[Tensor, "B T"]:
         """A slope in the log-ratio is one in the policy's log-prob."""

@@ -56,7 +56,7 @@ class TotalVariationMask(Weight):
 
     def factor(self, batch: TokenBatch) -> Factor:
         """1 or 0 per token."""
-        policy = batch.logp("policy").detach()  # a mask has no gradient
+        policy = batch.held("policy")  # a mask has no gradient
         moved = (policy.exp() - batch.logp(self.against).exp()).nan_to_num(nan=0.0)
         keep = torch.where(batch.token_advantages() > 0, moved <= self.high, moved >= -self.low).to(policy.dtype)
         return Factor(keep, {"total_variation_mask/kept": token_mean(keep, batch.token_weight)})

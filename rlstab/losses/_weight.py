@@ -102,7 +102,7 @@ class OffPolicySequenceMask(Weight):
 
     def factor(self, batch: TokenBatch) -> Factor:
         """1 or 0 per row, or per token where advantages are."""
-        policy = batch.logp("policy").detach()  # a mask has no gradient
+        policy = batch.held("policy")  # a mask has no gradient
         evidence = (batch.logp(batch.behaviour(self.behaviour)) - policy).nan_to_num(nan=0.0)
         near = masked_row_mean(evidence, batch.token_weight) <= self.delta
         keep = ((batch.token_advantages() >= 0) | near).to(policy.dtype)

@@ -144,7 +144,7 @@ class ScoreWeight(Weight):
     def factor(self, batch: TokenBatch) -> Factor:
         """The weight per token; 0 where the policy gives it probability 0."""
         known = batch.loss_mask & ~missing(batch, "policy")
-        log_ratio = batch.logp(self.teacher) - batch.logp("policy").detach()  # a weight has no gradient
+        log_ratio = batch.logp(self.teacher) - batch.held("policy")  # a weight has no gradient
         weight = torch.where(known, score_weight(torch.where(known, log_ratio, 0.0), divergence=self.divergence), 0.0)
         return Factor(weight, {"score_weight/mean": token_mean(weight, batch.token_weight)})
 
@@ -188,7 +188,7 @@ class ImplicitReward(Weight):
     def factor(self, batch: TokenBatch) -> Factor:
         """1, and the implicit reward."""
         known = batch.loss_mask & ~missing(batch, "policy") & ~missing(batch, self.reference)
-        log_ratio = batch.logp("policy").detach() - batch.logp(self.reference)  # a measurement
+        log_ratio = batch.held("policy") - batch.logp(self.reference)  # a measurement
         reward = torch.where(known, self.beta * log_ratio, 0.0)
         rows = (batch.row_tokens > 0).sum()
         metrics: dict[str, Metric] = {
